@@ -20,10 +20,12 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from unet import UNet, UNetConfig, conv
+from unet import (UNet, UNetConfig, conv, fill, find_layout, named, read_config, read_tensors, take, upsample,
+                  weight_file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,8 +67,8 @@ class Tokenizer:
         """The words that are not one token: for the tiny model, those it never met."""
         text = self.encoding.normalizer.normalize_str(prompt)
         pieces = self.encoding.pre_tokenizer.pre_tokenize_str(text)
-        words = [text[start:end] for piece, (start, end) in pieces if piece + "</w>" not in self.vocab]
-        return list(dict.fromkeys(word.strip() for word in words))
+        words = [text[a:b].strip() for piece, (a, b) in pieces if piece + "</w>" not in self.vocab]
+        return list(dict.fromkeys(word for word in words if word.isalnum()))
 
     def save(self, folder):
         folder = Path(folder)
@@ -153,11 +155,12 @@ class TextBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = TextAttention(width, heads)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.mlp = named(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(),
+                         c_proj=nn.Linear(4 * width, width))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        return x + self.mlp(self.ln_2(x))
 
 
 class TextEncoder(nn.Module):
@@ -166,17 +169,15 @@ class TextEncoder(nn.Module):
         self.config = config = config or TextConfig()
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.randn(config.max_length, config.width) * 0.01)
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(
-            [TextBlock(config.width, config.heads) for _ in range(config.layers)])})
+        self.transformer = named(resblocks=nn.Sequential(
+            *(TextBlock(config.width, config.heads) for _ in range(config.layers))))
         self.ln_final = nn.LayerNorm(config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, ids):
         """ids (B, 77) -> (B, 77, C)"""
         x = self.token_embedding(ids) + self.positional_embedding
-        for block in self.transformer["resblocks"]:
-            x = block(x)
-        return self.ln_final(x)
+        return self.ln_final(self.transformer(x))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,80 +223,35 @@ class VAEAttention(nn.Module):
         return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))    # on the right and below alone, as trained
-
-
-class Upsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = conv(dim, dim)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
 def res_blocks(c_in, c_out, count):
-    return nn.ModuleList([VAEResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)])
+    return nn.Sequential(*(VAEResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)))
 
 
 def middle(dim):
-    return nn.ModuleDict({"block_1": VAEResBlock(dim, dim), "attn_1": VAEAttention(dim),
-                          "block_2": VAEResBlock(dim, dim)})
+    return named(block_1=VAEResBlock(dim, dim), attn_1=VAEAttention(dim), block_2=VAEResBlock(dim, dim))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in = conv(3, widths[0])
-        self.down = nn.ModuleList()
-        for level, (c_in, c_out) in enumerate(zip([widths[0], *widths], widths)):
-            self.down.append(nn.ModuleDict({"block": res_blocks(c_in, c_out, config.num_res_blocks)}))
-            if level < len(widths) - 1:
-                self.down[level]["downsample"] = Downsample(c_out)
-        self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], 2 * config.z_channels)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            for block in level["block"]:
-                x = block(x)
-            if "downsample" in level:
-                x = level["downsample"](x)
-        for block in self.mid.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+def encoder(config):
+    """Levels 0, 1, ...: `num_res_blocks` blocks each, then half the size, but for the last."""
+    widths = [config.ch * mult for mult in config.ch_mult]
+    levels = [named(block=res_blocks(c_in, c_out, config.num_res_blocks),
+                    downsample=named(pad=nn.ZeroPad2d((0, 1, 0, 1)),    # right and below, as trained
+                                     conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
+              for c_in, c_out in zip([widths[0], *widths], widths)]
+    del levels[-1].downsample
+    return named(conv_in=conv(3, widths[0]), down=nn.Sequential(*levels), mid=middle(widths[-1]),
+                 norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=conv(widths[-1], 2 * config.z_channels))
 
 
-class Decoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in, self.mid = conv(config.z_channels, widths[-1]), middle(widths[-1])
-        self.up = nn.ModuleList()                   # listed from fine to coarse, run in reverse
-        for level, (c_out, c_in) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
-            self.up.append(nn.ModuleDict({"block": res_blocks(c_in, c_out, config.num_res_blocks + 1)}))
-            if level > 0:
-                self.up[level]["upsample"] = Upsample(c_out)
-        self.norm_out, self.conv_out = norm(widths[0]), conv(widths[0], 3)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.mid.values():
-            x = block(x)
-        for level in reversed(self.up):
-            for block in level["block"]:
-                x = block(x)
-            if "upsample" in level:
-                x = level["upsample"](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+def decoder(config):
+    """The levels keep the encoder's numbers, so that they run from the last to level 0."""
+    widths = [config.ch * mult for mult in config.ch_mult]
+    levels = {str(i): named(block=res_blocks(c_in, c_out, config.num_res_blocks + 1), upsample=upsample(c_out))
+              for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))}
+    del levels["0"].upsample
+    return named(conv_in=conv(config.z_channels, widths[-1]), mid=middle(widths[-1]),
+                 up=named(**dict(reversed(levels.items()))),
+                 norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
 
 class AutoencoderKL(nn.Module):
@@ -303,7 +259,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config = config or VAEConfig()
         z = config.z_channels
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = encoder(config), decoder(config)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, images):
@@ -412,6 +368,78 @@ class MVDream(nn.Module):
         schedule = Schedule(config.get("prediction", "epsilon"))
         return cls(unet, vae, text_encoder, tokenizer, schedule, config.get("image_size", 256))
 
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
+        """Any of the four weight layouts (unet.LAYOUTS), told apart by what is found; frozen."""
+        layout, place = find_layout(path)
+        if place.is_dir():
+            return cls.from_hugging_face(place, device, dtype)
+        config, tensors = read_config(place), read_tensors(place)
+        stray = [key for key in tensors if not key.startswith((*PREFIXES.values(), "model_ema."))
+                 and key not in schedule_buffers()]
+        if stray:
+            raise ValueError(f"{path}, read as {layout}: {len(stray)} unexpected keys, first {stray[0]}")
+        parts = {"vae": take(tensors, PREFIXES["vae"]), "text": take(tensors, PREFIXES["text_encoder"])}
+        text_config = TextConfig(**config.get("text", {}))
+        unused = (f"transformer.resblocks.{text_config.layers}.", "text_projection", "logit_scale")
+        parts["text"] = {k: v for k, v in parts["text"].items() if not k.startswith(unused)}
+
+        tokenizer = Tokenizer(place.parent / "tokenizer", text_config.max_length)
+        unet = UNet.load(path, device, dtype)
+        with torch.device("meta"):
+            vae, text_encoder = AutoencoderKL(VAEConfig(**config.get("vae", {}))), TextEncoder(text_config)
+        fill(vae, parts["vae"], f"{path}, read as {layout}, VAE", device, dtype)
+        fill(text_encoder, parts["text"], f"{path}, read as {layout}, text encoder", device, dtype)
+        v = "768" in place.name                     # what tells v2-1_768-ema-pruned from v2-1_512
+        schedule = Schedule(config.get("prediction", "v" if v else "epsilon")).to(device)
+        multi_view = any("camera_embed" in key for key in tensors)
+        size = config.get("image_size", 256 if multi_view else 768 if v else 512)
+        return cls(unet, vae, text_encoder, tokenizer, schedule, size).eval()
+
+    @classmethod
+    def from_hugging_face(cls, folder, device, dtype):
+        lacking = [f"{part}/" for part in ("unet", "vae", "text_encoder", "tokenizer")
+                   if not (folder / part).is_dir()]
+        if lacking:
+            raise FileNotFoundError(f"{folder}, read as a Hugging Face folder, lacks {', '.join(lacking)}")
+        files = {part: weight_file(folder / part) for part in ("unet", "vae", "text_encoder")}
+        configs = {part: read_config(file) for part, file in files.items()}
+        vae_config, text_config = hugging_face_configs(configs["vae"], configs["text_encoder"])
+        with torch.device("meta"):
+            vae, text_encoder = AutoencoderKL(vae_config), TextEncoder(text_config)
+        source = f"{folder}, read as a Hugging Face folder"
+        tensors = {ldm_vae_key(k, vae_config): v for k, v in read_tensors(files["vae"]).items()}
+        fill(vae, tensors, f"{source}, VAE", device, dtype)
+        tensors = ldm_text_tensors(read_tensors(files["text_encoder"]))
+        fill(text_encoder, tensors, f"{source}, text encoder", device, dtype)
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        v = scheduler.is_file() and json.loads(scheduler.read_text()).get("prediction_type") == "v_prediction"
+        size = configs["unet"].get("sample_size", 64) * 2 ** (len(vae_config.ch_mult) - 1)
+        return cls(UNet.load(folder, device, dtype), vae, text_encoder,
+                   Tokenizer(folder / "tokenizer", text_config.max_length),
+                   Schedule("v" if v else "epsilon").to(device), size).eval()
+
+    def save_pretrained(self, path):
+        """model.safetensors with the keys and shapes of the released MVDream, config.json, tokenizer/.
+        What MVDream's strict loading wants and nothing reads (the text tower's last block, CLIP's
+        projection) is written as zeros; the schedule's twelve buffers as they are."""
+        folder = Path(path)
+        self.tokenizer.save(folder / "tokenizer")
+        tensors = {PREFIXES[part] + key: tensor.detach().contiguous() for part in PREFIXES
+                   for key, tensor in getattr(self, part).state_dict().items()}
+        text, width = PREFIXES["text_encoder"], self.text_encoder.config.width
+        first, last = (f"{text}transformer.resblocks.{i}." for i in (0, self.text_encoder.config.layers))
+        tensors |= {last + key.removeprefix(first): torch.zeros_like(tensor)
+                    for key, tensor in tensors.items() if key.startswith(first)}
+        zeros = tensors[f"{text}ln_final.weight"].new_zeros(width, width)
+        tensors |= {f"{text}text_projection": zeros, f"{text}logit_scale": zeros[0, 0].clone()}
+        tensors |= schedule_buffers()
+        config = {"unet": asdict(self.unet.config), "vae": asdict(self.vae.config),
+                  "text": asdict(self.text_encoder.config), "image_size": self.image_size,
+                  "prediction": self.schedule.prediction}
+        write(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1) + "\n"))
+        write(folder / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+
     @property
     def device(self):
         return self.vae.quant_conv.weight.device
@@ -504,3 +532,71 @@ class MVDream(nn.Module):
             yield from dpm_solver(denoise, x, abar, steps)
         else:
             yield from ddim(denoise, x, abar, steps, eta, randn)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names in the weight files.
+
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.model."}
+
+
+def schedule_buffers():
+    """The twelve tables that the original code keeps in its checkpoints; all follow from abar."""
+    abar = Schedule().alphas_cumprod.double()
+    before = torch.cat([abar.new_ones(1), abar[:-1]])
+    betas = 1 - abar / before
+    variance = betas * (1 - before) / (1 - abar)
+    tables = {
+        "betas": betas, "alphas_cumprod": abar, "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": abar.sqrt(), "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(), "sqrt_recip_alphas_cumprod": abar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(), "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - abar)}
+    return {name: table.float() for name, table in tables.items()}
+
+
+def hugging_face_configs(vae, text):
+    widths = vae["block_out_channels"]
+    return (VAEConfig(widths[0], tuple(width // widths[0] for width in widths), vae["layers_per_block"],
+                      vae["latent_channels"], vae.get("scaling_factor", 0.18215)),
+            TextConfig(text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
+                       text["vocab_size"], text["max_position_embeddings"]))
+
+
+VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+             "mid_block.attentions.0": "mid.attn_1", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+             "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}     # as older files say
+
+
+def ldm_vae_key(key, config):
+    last = len(config.ch_mult) - 1
+    key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{last - int(m[1])}.block", key)
+    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", key)
+    for theirs, ours in VAE_NAMES.items():
+        key = re.sub(rf"\.{re.escape(theirs)}\.", f".{ours}.", key)
+    return key
+
+
+TEXT_NAMES = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+              "text_model.embeddings.position_embedding.weight": "positional_embedding",
+              "text_model.final_layer_norm": "ln_final", "text_model.encoder.layers": "transformer.resblocks",
+              "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def ldm_text_tensors(tensors):
+    """Hugging Face's text encoder under OpenCLIP's names, its q, k and v fused into one matrix."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for theirs, ours in TEXT_NAMES.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = tensor
+    renamed.pop("text_model.embeddings.position_ids", None)
+    for key in [key for key in renamed if ".q_proj." in key]:
+        q, k, v = (renamed.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv")
+        renamed[key.replace(".q_proj.", ".in_proj_")] = torch.cat([q, k, v])
+    return renamed

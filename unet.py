@@ -15,13 +15,14 @@ Hugging Face's names are translated by `ldm_key`.
 
 import json
 import math
-import pickle
 import re
-from dataclasses import dataclass, fields
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 
@@ -59,15 +60,28 @@ def conv(c_in, c_out, stride=1):
     return nn.Conv2d(c_in, c_out, 3, stride, padding=1)
 
 
+def named(**layers):
+    """A Sequential whose layers have names: a checkpoint's names become plain data."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 def mlp(dim_in, dim_hidden, dim_out):
     return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.SiLU(), nn.Linear(dim_hidden, dim_out))
+
+
+def downsample(dim):
+    return named(op=conv(dim, dim, stride=2))
+
+
+def upsample(dim):
+    return named(twice=nn.Upsample(scale_factor=2, mode="nearest"), conv=conv(dim, dim))
 
 
 def camera_mlp(config):
     """16 numbers -> the width of the time embedding (or of a text token); of zero effect at first,
     so that a 2D checkpoint keeps giving what it gave."""
     width = 4 * config.model_channels
-    camera_embed = mlp(config.camera_dim, width, {"time": width, "text": config.context_dim}[config.camera])
+    camera_embed = mlp(config.camera_dim, width, config.context_dim if config.camera == "text" else width)
     zero(camera_embed[2])
     return camera_embed
 
@@ -121,15 +135,6 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention (over all views of an object), attention to the text, feed-forward."""
 
@@ -138,7 +143,8 @@ class TransformerBlock(nn.Module):
         self.attention = attention
         self.attn1 = Attention(dim, dim, heads)
         self.attn2 = Attention(dim, context_dim, heads)
-        self.ff = FeedForward(dim)
+        self.ff = named(net=nn.Sequential(
+            GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         if attention in ("temporal", "new3d"):      # ablations: a new layer, of zero effect at first
             self.norm4, self.attn3 = nn.LayerNorm(dim), Attention(dim, dim, heads)
@@ -178,24 +184,6 @@ class SpatialTransformer(nn.Module):
         return x + y.unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.op = conv(dim, dim, stride=2)
-
-    def forward(self, x):
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = conv(dim, dim)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
 class UNet(nn.Module):
     """At the default size (R: ResBlock, T: SpatialTransformer, D: Downsample, U: Upsample):
 
@@ -225,7 +213,7 @@ class UNet(nn.Module):
         skips = [width]                             # channels that each input block hands across
         for level, c_out in enumerate(widths):
             if level > 0:
-                self.input_blocks.append(nn.ModuleList([Downsample(width)]))
+                self.input_blocks.append(nn.ModuleList([downsample(width)]))
                 skips.append(width)
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(layers(width, c_out, level))
@@ -241,11 +229,28 @@ class UNet(nn.Module):
                 self.output_blocks.append(layers(width + skips.pop(), c_out, level))
                 width = c_out
             if level > 0:
-                self.output_blocks[-1].append(Upsample(width))
+                self.output_blocks[-1].append(upsample(width))
 
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
                                  zero(conv(width, config.out_channels)))
         self.text_layers = tuple(m.attn2 for m in self.modules() if isinstance(m, TransformerBlock))
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """From any of the four weight layouts; frozen, for inference."""
+        layout, place = find_layout(path)
+        if place.is_dir():
+            file = weight_file(place / "unet")
+            tensors, config = read_tensors(file), hugging_face_config(read_config(file))
+            tensors = {ldm_key(key, config): tensor for key, tensor in tensors.items()}
+        else:
+            tensors, config = read_tensors(place), UNetConfig(**read_config(place).get("unet", {}))
+            tensors = take(tensors, "model.diffusion_model.")
+        with torch.device("meta"):
+            unet = cls(config)
+        if config.camera == "time" and not any(key.startswith("camera_embed.") for key in tensors):
+            tensors |= {f"camera_embed.{k}": v for k, v in camera_mlp(config).state_dict().items()}
+        return fill(unet, tensors, f"{path}, read as {layout}, UNet", device, dtype)
 
     def project_context(self, context):
         """The text's keys and values in every layer: they do not change from step to step, so a
@@ -285,3 +290,125 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = run(block, torch.cat([x, skips.pop()], dim=1))
         return self.out(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading. Files are mapped, not read: a tensor costs memory when it is converted, and nothing when
+# it is already what is wanted, so that no weight is ever held twice.
+
+LAYOUTS = """a folder with unet/, vae/, text_encoder/ and tokenizer/, a folder written by
+save_pretrained, a single .safetensors of Stable Diffusion 2.1, or MVDream's .pt""".replace("\n", " ")
+
+
+def find_layout(path):
+    """-> the layout in words, and the folder (Hugging Face's layout alone) or file of the weights"""
+    path = Path(path)
+    if path.is_file():
+        if "unet" in read_config(path):
+            return "a file of save_pretrained", path
+        return ("MVDream's .pt" if is_torch_zip(path) else "a single LDM file"), path
+    if any((path / part).is_dir() for part in ("unet", "vae", "text_encoder")):
+        return "a Hugging Face folder", path
+    if (path / "model.safetensors").is_file():
+        return "a folder of save_pretrained", path / "model.safetensors"
+    raise FileNotFoundError(f"{path}: no model there; wanted is {LAYOUTS}")
+
+
+def read_config(file):
+    """The config.json beside a weight file, or {}: full size."""
+    config = file.with_name("config.json")
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+
+
+def weight_file(folder):
+    """The safetensors of a Hugging Face sub-folder; of variants (.fp16) the plain one."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file there; the Hugging Face layout wants one")
+    return files[0]
+
+
+def is_torch_zip(file):
+    with open(file, "rb") as opened:
+        return opened.read(2) == b"PK" or file.suffix in (".pt", ".pth", ".ckpt", ".bin")
+
+
+def read_tensors(file):
+    """A .safetensors, or a .pt that holds tensors and nothing else -> {name: tensor}, mapped"""
+    try:
+        if is_torch_zip(file):
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = tensors.get("state_dict", tensors)
+            tensors = {key: tensor for key, tensor in tensors.items() if torch.is_tensor(tensor)}
+        else:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cut short, or no safetensors file ({error}); download it again") from error
+    except Exception as error:      # torch.load fails in many ways, with no class of their own
+        raise ValueError(f"{file}: cut short, or holds objects other than tensors, which were not "
+                         "loaded because loading could run code; wanted is a file of tensors") from error
+    if any("lora" in key.lower() for key in tensors):
+        raise ValueError(f"{file}: a LoRA, only changes to a model; merge it and give the whole model")
+    if any(key.startswith(("conditioner.", "add_embedding.")) or ".label_emb." in key for key in tensors):
+        raise ValueError(f"{file}: an SDXL checkpoint; wanted is Stable Diffusion 2.1 or MVDream")
+    return tensors
+
+
+def take(tensors, prefix):
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def fill(module, tensors, source, device, dtype):
+    """Make `tensors` the weights of `module`, built on the meta device; strict."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for key in wanted.keys() & tensors.keys():
+        if [n for n in tensors[key].shape if n > 1] == [n for n in wanted[key] if n > 1]:
+            tensors[key] = tensors[key].reshape(wanted[key])    # a 1x1 convolution or a matrix
+    faults = {"missing": [key for key in wanted if key not in tensors],
+              "unexpected": [key for key in tensors if key not in wanted],
+              "misshapen": [f"{key} {tuple(tensors[key].shape)} in place of {wanted[key]}" for key in wanted
+                            if key in tensors and tuple(tensors[key].shape) != wanted[key]]}
+    if any(faults.values()):
+        raise ValueError(f"{source}: the weights do not fit: " + "; ".join(
+            f"{len(keys)} {fault}, first {', '.join(keys[:3])}" for fault, keys in faults.items() if keys))
+    module.load_state_dict({key: tensors[key].to(device, dtype) for key in wanted}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def hugging_face_config(config):
+    widths, heads = config["block_out_channels"], config["attention_head_dim"]    # heads: misnamed
+    head_dims = {width // n for width, n in zip(widths, heads)} if isinstance(heads, list) else {None}
+    return UNetConfig(
+        config["in_channels"], config["out_channels"], widths[0], tuple(w // widths[0] for w in widths),
+        config["layers_per_block"],
+        tuple(i for i, kind in enumerate(config["down_block_types"]) if kind.startswith("CrossAttn")),
+        head_dims.pop() or 64, config["cross_attention_dim"])
+
+
+NETWORK_NAMES = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+                 "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+                 "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+                 "mid_block.resnets.1": "middle_block.2"}
+RESBLOCK_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+                  "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def ldm_key(key, config):
+    """Hugging Face's name of a weight -> the original's, whose blocks are numbered in one row."""
+    n, last = config.num_res_blocks + 1, len(config.channel_mult) - 1
+
+    def place(match):
+        side, i, kind, j = match[1], int(match[2]), match[3], int(match[4])
+        if kind == "downsamplers":
+            return f"input_blocks.{n * (i + 1)}.0.op"
+        if kind == "upsamplers":                    # after the transformer, if the level has one
+            return f"output_blocks.{n * i + n - 1}.{1 + (last - i in config.attention_levels)}.conv"
+        block = f"input_blocks.{n * i + j + 1}" if side == "down" else f"output_blocks.{n * i + j}"
+        return f"{block}.{int(kind == 'attentions')}"
+
+    renamed = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.conv(?=\.))?", place, key)
+    for names in (NETWORK_NAMES, RESBLOCK_NAMES if "resnets" in key else {}):
+        for theirs, ours in names.items():
+            renamed = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", renamed, count=1)
+    return renamed
