@@ -1,0 +1,162 @@
+"""Training: schedules by hand, the joint loss on a stub that shows what it was given, whole miniature
+runs that are interrupted and must end as if they had not been, and what bad input gets."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from mvdream import MVDream, Schedule
+
+ROOT = Path(__file__).parent.parent
+MICRO = {"unet": dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_levels=(1,),
+                      num_head_channels=32, context_dim=32),
+         "vae": dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, scale_factor=1.0),
+         "text": dict(width=32, layers=1, heads=1, max_length=77),
+         "image_size": 16, "prediction": "epsilon"}
+
+
+# ---- by hand ---------------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_and_decays():
+    assert train.learning_rate(0, 100, 1.0) == 0.5                 # two steps of warm-up: 1/2, 2/2
+    assert train.learning_rate(1, 100, 1.0) == 1.0
+    assert train.learning_rate(51, 100, 1.0) == pytest.approx(0.02 + 0.98 / 2, abs=1e-9)   # half way down
+    assert train.learning_rate(100, 100, 1.0) == pytest.approx(0.02)
+
+
+def test_stages_and_the_mix_are_functions_of_the_step():
+    args = SimpleNamespace(autoencoder_steps=10, base_steps=20, mix=0.7, seed=3)
+    stages = [train.stage_of(step, args) for step in range(2030)]
+    assert stages[:10] == [("autoencoder", None)] * 10
+    assert stages[10:30] == [("base", "2d")] * 20
+    joint = [mode for stage, mode in stages[30:]]
+    assert joint.count("3d") / len(joint) == pytest.approx(0.7, abs=0.03)     # 3 sigma of 2000 coins
+    assert stages == [train.stage_of(step, args) for step in range(2030)]
+
+
+def test_swap_exchanges_and_twice_is_nothing():
+    a, b = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]
+    train.swap(a, b)
+    assert a[0].tolist() == [3, 4] and b[0].tolist() == [1, 2]
+    train.swap(a, b)
+    assert a[0].tolist() == [1, 2] and b[0].tolist() == [3, 4]
+
+
+# ---- the joint loss --------------------------------------------------------------------------------
+
+class Stub:
+    """A model whose UNet keeps what it is given and answers with zeros."""
+
+    def __init__(self):
+        self.schedule, self.calls = Schedule(), []
+        self.text_encoder = lambda tokens: tokens[..., None].float()
+
+    def unet(self, *inputs):
+        self.calls.append(inputs)
+        return torch.zeros_like(inputs[0])
+
+
+def test_a_set_shares_its_timestep_and_text_but_not_its_noise():
+    model, V = Stub(), 4
+    x0, eps = torch.randn(8, 4, 2, 2), torch.randn(8, 4, 2, 2)
+    c2w = torch.eye(4).repeat(8, 1, 1)
+    loss = train.diffusion_loss(model, x0, torch.tensor([[5], [9]]), torch.tensor([100, 900]), eps, c2w, V)
+    x_t, t, context, camera, num_views = model.calls[0]
+    assert t.tolist() == [100] * 4 + [900] * 4 and num_views == 4
+    assert context[:, 0, 0].tolist() == [5] * 4 + [9] * 4
+    assert camera.shape == (8, 16)
+    abar = model.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    assert torch.allclose(x_t, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, atol=1e-6)
+    assert loss.item() == pytest.approx(eps.square().mean().item(), rel=1e-6)   # |eps - 0|^2
+
+
+def test_2d_steps_have_neither_cameras_nor_views():
+    model = Stub()
+    x0 = torch.randn(3, 4, 2, 2)
+    train.diffusion_loss(model, x0, torch.zeros(3, 1), torch.tensor([1, 2, 3]), x0, None, 1)
+    assert model.calls[0][3] is None and model.calls[0][4] == 1
+
+
+# ---- whole runs in miniature -----------------------------------------------------------------------
+
+def run(monkeypatch, out, *more):
+    monkeypatch.setattr(train, "TINY", MICRO)
+    train.main(["--steps", "15", "--batch", "8", "--sets", "3", "--device", "cpu", "--out", str(out),
+                "--save-every", "0", *more])
+
+
+def test_an_interrupted_run_ends_as_the_unbroken_one(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "whole")
+    calls, loss = [], train.diffusion_loss
+
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)     # Ctrl-C in the middle of a step
+        return loss(*inputs)
+    monkeypatch.setattr(train, "diffusion_loss", interrupted)
+    with pytest.raises(SystemExit, match="goes on from there"):
+        run(monkeypatch, tmp_path / "broken")
+    monkeypatch.setattr(train, "diffusion_loss", loss)
+    run(monkeypatch, tmp_path / "broken")
+
+    whole, broken = (MVDream.from_pretrained(tmp_path / name) for name in ("whole", "broken"))
+    for (name, a), b in zip(whole.state_dict().items(), broken.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert whole.vae.config.scale_factor == broken.vae.config.scale_factor != 1
+    lines = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+    assert lines[-1]["step"] == 15
+    assert (tmp_path / "whole" / "samples.png").exists()
+
+
+def test_the_losses_fall(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path, "--steps", "60", "--lr", "2e-3", "--save-every", "60")
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    vae = [line["vae"] for line in lines if "vae" in line]
+    noise = [line["3d"] for line in lines if "3d" in line]
+    assert vae[-1] < 0.8 * vae[0]
+    assert noise[-1] < 0.95 * lines[3]["2d"]
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.path[:0] = ['.', 'tests']; import train, test_train; "
+               "train.TINY = test_train.MICRO; train.main(sys.argv[1:])", "--steps", "40", "--batch", "8",
+               "--sets", "3", "--device", "cpu", "--save-every", "0", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < done < 40
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert json.loads(open(tmp_path / "log.jsonl").readlines()[-1])["step"] == 40
+    MVDream.from_pretrained(tmp_path)
+
+
+# ---- bad input -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, word", [
+    (["--steps", "0"], "--steps"), (["--batch", "10"], "--batch"), (["--mix", "1.5"], "--mix"),
+    (["--device", "abacus"], "--device"), (["--lr", "-1"], "--lr")])
+def test_one_sentence_and_status_2(flags, word, tmp_path):
+    result = subprocess.run([sys.executable, "train.py", *flags, "--out", str(tmp_path / "new")], cwd=ROOT,
+                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2
+    assert word in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="--lr"):
+        run(monkeypatch, tmp_path, "--lr", "1e-5")
