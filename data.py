@@ -1,596 +1,520 @@
-"""Cameras, rays and the toy world: MVDream's data (paper section 3.3, "multi-view rendering") in miniature.
+"""Cameras, rays and the toy world: MVDream's rendered training data (paper section 3.3), in small.
 
 Conventions, for the whole project
-    world    right-handed, z up; an object stands at the origin, faces +x and fits the unit sphere
-    angles   degrees; azimuth 0 sees the front (camera on +x) and grows from +x to +y; elevation up
-    camera   c2w, a 4x4 camera-to-world matrix, OpenGL axes: x right, y up, looking along -z
-    views    flattened view-fastest, (B*V, ...): the V views of one object are neighbours
-    fov      vertical field of view in degrees
-    pictures (N, 3, H, W) in [-1, 1] for the diffusion model, (..., H, W, 3) in [0, 1] for the NeRF
+    world     right-handed, z up; an object stands at the origin, faces +x and fits the unit sphere
+    angles    degrees; azimuth 0 sees the front (camera on +x) and grows toward +y; elevation is up
+    camera    c2w, a 4x4 camera-to-world matrix, OpenGL axes: x right, y up, looking along -z
+    fov       vertical
+    views     flattened view-fastest, (B*V, ...): the V views of one object are neighbours
+    pictures  (N, 3, H, W) in [-1, 1] for the diffusion model, (..., H, W, 3) in [0, 1] for the NeRF
 
-Letters: B objects, V views of each, N = B*V pictures, R rays of a picture, P primitives of an object.
+Letters: B objects, V views of each, N = B*V pictures, R rays a picture, P primitives an object.
 
-The toy world.  An object is at most P = 24 coloured primitives, ray-traced exactly.  Its caption
-determines it fully: "a red robot wearing a blue hat", "an orange car with blue wheels".  What a caption
-leaves out has the default that WORLD writes down.  `python data.py` draws every category.
+The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption tells
+all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  Run me to see them.
 """
 import functools
 import math
 import os
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
 
-TOY_FOV = 40.0                                                # the toy world's one camera: the diffusion
-TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))        # model is never told fov and distance
+TOY_FOV = 40.0                                          # the toy world's one camera, because the
+TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))  # diffusion model never sees fov and distance
 
 # ---- Cameras and rays ----------------------------------------------------------------------------
 
 
 def look_at_origin(elevation, azimuth):
-    """Cameras on the unit sphere, looking at the origin: angles (...,) in degrees -> c2w (..., 4, 4)."""
+    """Cameras on the unit sphere that look at its centre: angles (...) -> c2w (..., 4, 4)."""
     e, a = torch.broadcast_tensors(torch.deg2rad(elevation), torch.deg2rad(azimuth))
-    zero, one = torch.zeros_like(e), torch.ones_like(e)
-    right = torch.stack([-a.sin(), a.cos(), zero, zero], -1)
-    up = torch.stack([-e.sin() * a.cos(), -e.sin() * a.sin(), e.cos(), zero], -1)
-    back = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin(), zero], -1)
-    return torch.stack([right, up, back, back + torch.stack([zero, zero, zero, one], -1)], -1)
+    back = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], -1)
+    right = torch.stack([-a.sin(), a.cos(), torch.zeros_like(a)], -1)
+    c2w = torch.stack([right, torch.linalg.cross(back, right), back, back], -1)          # (..., 3, 4)
+    return torch.cat([c2w, torch.tensor([0., 0., 0., 1.]).expand_as(c2w[..., :1, :])], -2)
 
 
 def orbit_cameras(num_views, elevation=15.0, azimuth=0.0, span=360.0):
-    """(V, 4, 4): views spread evenly over `span` degrees from `azimuth` on, on the unit sphere."""
-    steps = torch.arange(num_views) * (span / num_views)
-    return look_at_origin(torch.tensor(float(elevation)), azimuth + steps)
+    """(V, 4, 4): views spread evenly over `span` degrees, from `azimuth` on, on the unit sphere."""
+    turn = torch.arange(num_views) * (span / num_views)
+    return look_at_origin(torch.tensor(float(elevation)), azimuth + turn)
 
 
 def random_view_cameras(num_sets, num_views, generator=None, fov=(15.0, 60.0), distance=(0.8, 1.0),
                         elevation=(0.0, 30.0)):
-    """MVDream's cameras for score distillation -> c2w (B*V, 4, 4) and fov (B*V,).
+    """MVDream's cameras for score distillation: c2w (B*V, 4, 4) and fov (B*V,).
 
-    The V views of a set are evenly spaced in azimuth and share elevation, fov and distance.  The distance
-    is a multiple of 1/tan(fov/2), at which the unit sphere's equator just fills the picture.
+    The views of a set are evenly spaced and share elevation, fov and distance, which is in units of
+    1/tan(fov/2): at 1, the plane through the origin shows [-1, 1] from bottom to top.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(num_sets, 1, generator=generator)
-    azimuth = (uniform(0, 1) + torch.arange(num_views)) / num_views * 360 - 180
-    # Half the sets uniform in angle, half "uniform on the sphere" in the released code's own way: it turns
-    # the limits into fractions of the angle, not of the sine, so that (0, 30) gives 0 to 19.5 degrees.
-    flat = uniform(*elevation)
-    round_ = torch.rad2deg(torch.asin(2 * uniform(*((e + 90) / 180 for e in elevation)) - 1))
-    c2w = look_at_origin(torch.where(uniform(0, 1) < 0.5, flat, round_), azimuth)
-    angle = uniform(*fov)
-    c2w[..., :3, 3] *= (uniform(*distance) / torch.tan(torch.deg2rad(angle / 2)))[..., None]
-    return c2w.flatten(0, 1), angle.expand(-1, num_views).flatten()
+    azimuth = 360 * (uniform(0, 1) + torch.arange(num_views)) / num_views - 180
+    # Half are uniform in the angle, half "on the sphere" as the released code has it: its limits are
+    # fractions of the angle, not of the sine, so that (0, 30) gives 0 to 19.5 degrees.
+    sine = 2 * uniform(*((e + 90) / 180 for e in elevation)) - 1
+    e = torch.where(uniform(0, 1) < 0.5, uniform(*elevation), torch.rad2deg(torch.asin(sine)))
+    c2w, fov = look_at_origin(e, azimuth), uniform(*fov)
+    c2w[..., :3, 3] *= (uniform(*distance) / torch.tan(torch.deg2rad(fov / 2)))[..., None]
+    return c2w.flatten(0, 1), fov.expand(-1, num_views).flatten()
 
 
 def camera_rays(c2w, fov, height, width):
-    """Rays through the pixel centres: origins and unit directions, each (V, H, W, 3)."""
-    fov = torch.as_tensor(fov, dtype=c2w.dtype, device=c2w.device).expand(len(c2w))
-    focal = 0.5 * height / torch.tan(torch.deg2rad(fov / 2))                       # in pixels
-    x = (torch.arange(width, device=c2w.device) + 0.5 - width / 2)[None, None, :] / focal[:, None, None]
-    y = -(torch.arange(height, device=c2w.device) + 0.5 - height / 2)[None, :, None] / focal[:, None, None]
-    right, up, back, origin = c2w[:, None, None, :3].unbind(-1)
-    directions = F.normalize(x[..., None] * right + y[..., None] * up - back, dim=-1)
+    """Origins and unit directions, each (V, H, W, 3), of the rays through the pixels' centres."""
+    fov = torch.as_tensor(fov).to(c2w).expand(len(c2w))
+    focal = 0.5 * height / torch.tan(torch.deg2rad(fov / 2))[:, None, None, None]        # in pixels
+    x = (torch.arange(width, device=c2w.device) + 0.5 - width / 2)[None, :, None] / focal
+    y = -(torch.arange(height, device=c2w.device) + 0.5 - height / 2)[:, None, None] / focal
+    right, up, back, origin = c2w[:, None, None, :3].unbind(-1)                          # (V,1,1,3)
+    directions = F.normalize(x * right + y * up - back, dim=-1)
     return origin.expand_as(directions), directions
 
 
-# ---- Tracing: every primitive is the cube [-1, 1]^3, moved and stretched, cut by one quadric -------
-#      p x^2 + q y^2 + a z^2 + b z + c <= 0        (in the cube's own coordinates)
+# ---- Tracing: a primitive is the cube [-1, 1]^3, stretched, turned, moved, and cut by one quadric ---
 
-SHAPES = {          # p  q    a      b      c
-    "none":          (0, 0, 0.00, 0.00, 1.00),                # nowhere: an accessory that is not worn
-    "box":           (0, 0, 0.00, 0.00, -1.00),
-    "ball":          (1, 1, 1.00, 0.00, -1.00),
-    "tube":          (1, 1, 0.00, 0.00, -1.00),               # its axis is z
-    "cone":          (1, 1, -.25, 0.50, -.25),                # tip up
-    "cup":           (1, 1, -.0625, .375, -.5625),            # a cone cut off: half as wide on top
-    "dome":          (1, 1, 0.25, 0.50, -.75),                # the upper half of a ball
-    "arch":          (0, 1, 0.25, 0.50, -.75),                # the upper half of a tube along x
-    "roof":          (0, 1, -.25, 0.50, -.25),                # a ridge along x
-}
-LIGHT = F.normalize(torch.tensor([0.55, 0.35, 0.75]), dim=0)  # fixed in the world: the front is bright
-AMBIENT, DIFFUSE = 0.40, 0.60
+SHAPES = {  # p x^2 + q y^2 + a z^2 + b z + c <= 0 in the cube's own coordinates: p, q, a, b, c
+    "none": (0, 0, 0, 0, 1),                   # nowhere: what is not worn
+    "box": (0, 0, 0, 0, -1),                   # everywhere in the cube
+    "ball": (1, 1, 1, 0, -1),
+    "tube": (1, 1, 0, 0, -1),                  # its axis is z
+    "cone": (1, 1, -.25, .5, -.25),            # its tip is up
+    "cup": (1, 1, -.0625, .375, -.5625),       # a cone cut off, half as wide above as below
+    "dome": (1, 1, .25, .5, -.75),             # the upper half of a ball
+    "arch": (0, 1, .25, .5, -.75),             # the upper half of a tube whose axis is x
+    "roof": (0, 1, -.25, .5, -.25)}            # a wedge whose ridge is x
+LIGHT = (.553, .352, .755)                     # fixed in the world: the front is brighter than the back
 
 
 def trace(geometry, colors, origin, directions):
-    """The nearest hit of each ray, shaded: one pure function of tensors, for torch.compile to fuse.
+    """What each ray hits first, shaded: a pure function of tensors, for torch.compile to fuse.
 
-    geometry (N, P, 17) holds the matrix into the primitive's cube (9), its centre (3) and p, q, a, b, c;
-    colors (N, P, 3); origin (N, 3); directions (N, R, 3) -> rgb (N, R, 3), depth (N, R), inf for a miss.
+    geometry (N, P, 17) = matrix into the cube (9), centre (3), quadric (5); colors (N, P, 3);
+    origin (N, 3), directions (N, R, 3) -> rgb (N, R, 3) and distance (N, R), inf for a miss.
     """
-    matrix, centre, quadric = geometry.split([9, 3, 5], dim=-1)
+    matrix, centre, quadric = geometry.split([9, 3, 5], -1)
     matrix = matrix.unflatten(-1, (3, 3))
-    p, q, a, b, c = quadric[..., None].unbind(-2)                                  # each (N, P, 1)
-    o = (matrix * (origin[:, None] - centre)[..., None, :]).sum(-1)                # the ray in the cube
-    x, y, z = o[..., None].unbind(-2)
-    rx, ry, rz = directions[:, None].unbind(-1)                                    # (N, 1, R)
-    m = matrix[..., None].unbind(-3)
-    u, v, w = (r[..., 0, :] * rx + r[..., 1, :] * ry + r[..., 2, :] * rz for r in m)   # (N, P, R)
+    p, q, a, b, c = quadric[..., None].unbind(-2)                                        # (N, P, 1)
+    x, y, z = (matrix * (origin[:, None] - centre)[..., None, :]).sum(-1, keepdim=True).unbind(-2)
+    rx, ry, rz = directions[:, None].unbind(-1)                                          # (N, 1, R)
+    u, v, w = (m[..., 0, :] * rx + m[..., 1, :] * ry + m[..., 2, :] * rz
+               for m in matrix[..., None].unbind(-3))                                    # (N, P, R)
 
-    # The cube: three slabs.  A ray parallel to one is tilted by a hair instead of divided by zero.
-    near, far = None, None
-    for o_i, d_i in ((x, u), (y, v), (z, w)):
-        d_i = torch.where(d_i.abs() < 1e-9, 1e-9, d_i)
-        t0, t1 = (-1 - o_i) / d_i, (1 - o_i) / d_i
-        low, high = torch.minimum(t0, t1), torch.maximum(t0, t1)
-        near = low if near is None else torch.maximum(near, low)
-        far = high if far is None else torch.minimum(far, high)
+    # Cube: inside all three slabs.  A ray along a slab is tilted by a hair: no division by zero.
+    near, far = -torch.inf, torch.inf
+    for o, d in ((x, u), (y, v), (z, w)):
+        d = torch.where(d.abs() < 1e-9, 1e-9, d)
+        t0, t1 = (-1 - o) / d, (1 - o) / d
+        near, far = torch.minimum(t0, t1).clamp(min=near), torch.maximum(t0, t1).clamp(max=far)
 
-    # The quadric: A t^2 + 2 B t + C <= 0.  Inside lies between the roots, or outside them for A < 0
-    # (both halves of a double cone, of which the cube keeps one).
+    # Quadric: A t^2 + 2 B t + C <= 0 between its roots; or outside them where A < 0, in the two
+    # halves of a double cone, of which the cube keeps one.
     A = p * u * u + q * v * v + a * w * w
     A = torch.where(A.abs() < 1e-6, 1e-6, A)
     B = p * x * u + q * y * v + (a * z + b / 2) * w
-    C = p * x * x + q * y * y + a * z * z + b * z + c
-    square = B * B - A * C
-    s = B + torch.copysign(square.clamp(min=1e-12).sqrt(), B)                      # no cancellation
+    C = p * x * x + q * y * y + (a * z + b) * z + c
+    D = B * B - A * C
+    s = B + torch.copysign(D.clamp(min=1e-12).sqrt(), B)             # a sum that never cancels
     low, high = torch.minimum(-s / A, -C / s), torch.maximum(-s / A, -C / s)
-    enter = torch.where(A > 0, torch.maximum(near, low),
-                        torch.where(near <= low, near, torch.maximum(near, high)))
-    leave = torch.where(A > 0, torch.minimum(far, high),
-                        torch.where(near <= low, torch.minimum(far, low), far))
-    hit = (enter < leave) & (enter > 0) & ((square > 0) | (A < 0))
-    depth, index = torch.where(hit, enter, torch.inf).min(1)                       # (N, R)
+    outer, first = A < 0, near <= low
+    enter = torch.where(outer & first, near, torch.maximum(near, torch.where(outer, high, low)))
+    leave = torch.where(outer & ~first, far, torch.minimum(far, torch.where(outer, low, high)))
+    hit = (enter < leave) & (enter > 0) & ((D > 0) | outer)
+    distance, winner = torch.where(hit, enter, torch.inf).min(1)                         # (N, R)
 
-    # The normal of the winner: the quadric's gradient, or the face of the cube.
-    def winner(values):
-        return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-    matrix, centre, quadric = winner(geometry).split([9, 3, 5], dim=-1)
+    # Normal of the winner, M^T n: the quadric's gradient, or the direction of the cube's face.
+    won = torch.cat([geometry, colors], -1).gather(1, winner[..., None].expand(-1, -1, 20))
+    matrix, centre, p, q, a, b, c, color = won.split([9, 3, 1, 1, 1, 1, 1, 3], -1)
     matrix = matrix.unflatten(-1, (3, 3))
-    point = origin[:, None] + depth.nan_to_num(posinf=0.0)[..., None] * directions
-    x = (matrix * (point - centre)[..., None, :]).sum(-1)
-    p, q, a, b, c = quadric.unbind(-1)
-    gradient = torch.stack([p * x[..., 0], q * x[..., 1], a * x[..., 2] + b / 2], -1)
-    level = (gradient * x).sum(-1) + b / 2 * x[..., 2] + c
-    face = torch.where(x.abs() == x.abs().amax(-1, keepdim=True), x.sign(), 0.0)
-    normal = torch.where(level.abs()[..., None] < 1e-3, gradient, face)
-    normal = F.normalize((matrix * normal[..., None]).sum(-2), dim=-1)             # M^T n
-    light = (normal * LIGHT.to(normal)).sum(-1, keepdim=True)
-    return winner(colors) * (AMBIENT + DIFFUSE * (0.5 + 0.5 * light)), depth
+    point = origin[:, None] + directions * torch.where(distance.isinf(), 0, distance)[..., None]
+    point = (matrix * (point - centre)[..., None, :]).sum(-1)                            # in the cube
+    x, y, z = point.split(1, -1)
+    gradient = torch.cat([p * x, q * y, a * z + b / 2], -1)
+    level = p * x * x + q * y * y + (a * z + b) * z + c
+    face = point * (point.abs() == point.abs().amax(-1, keepdim=True))
+    normal = (matrix * torch.where(level.abs() < 1e-3, gradient, face)[..., None]).sum(-2)
+    light = sum(n * l for n, l in zip(F.normalize(normal, dim=-1).split(1, -1), LIGHT))  # -1 to 1
+    return color * (0.7 + 0.3 * light), distance
 
 
 def render(objects, c2w, fov, distance, size, background, supersample=2):
-    """Pictures of B objects by N = B*V cameras: rgb (N, H, W, 3), opacity and depth (N, H, W, 1).
+    """B objects (geometry, colors) by N = B*V cameras: rgb (N,H,W,3), opacity and depth (N,H,W,1).
 
-    objects = (geometry, colors); distance multiplies the cameras' translations; the background broadcasts
-    to rgb.  Depth is the distance along the ray, averaged over a pixel's rays that hit, 0 where none does.
+    `distance` multiplies the cameras' translations; the background broadcasts to rgb.  Depth is the
+    distance along a pixel's rays, averaged over those that hit, and 0 where none does.
     """
-    views = len(c2w) // len(objects[0])
-    geometry, colors = (t.repeat_interleave(views, 0) for t in objects)
-    c2w = torch.cat([c2w[..., :3], c2w[..., 3:] * c2w.new_tensor([distance] * 3 + [1])[:, None]], -1)
-    c2w, N, P, fine, parts = c2w.to(geometry), len(c2w), geometry.shape[1], size * supersample, []
-    fov = torch.as_tensor(fov).to(geometry).expand(N)
-    budget = 2 ** 18 if c2w.device.type == "cpu" else 2 ** 25          # rays * primitives at a time
-    pictures, rays = max(1, budget // (fine * fine * P)), min(fine * fine, max(1, budget // P))
-    for i in range(0, N, pictures):
-        n = slice(i, i + pictures)
-        origins, directions = camera_rays(c2w[n], fov[n], fine, fine)
-        hits = [trace(geometry[n], colors[n], origins[:, 0, 0], d) for d in directions.flatten(1, 2).split(rays, 1)]
-        rgb, depth = (torch.cat(values, 1) for values in zip(*hits))
+    geometry, colors = (t.repeat_interleave(len(c2w) // len(t), 0) for t in objects)
+    c2w, fine, pictures = c2w.to(geometry, copy=True), size * supersample, []
+    c2w[:, :3, 3] *= distance
+    fov = torch.as_tensor(fov).to(c2w).expand(len(c2w))
+    chunk = max(1, (2 ** 16 if c2w.device.type == "cpu" else 2 ** 20) // fine ** 2)      # 2^20 rays
+    for tensors in zip(*(t.split(chunk) for t in (geometry, colors, c2w, fov))):
+        origins, directions = camera_rays(*tensors[2:], fine, fine)
+        rgb, depth = trace(*tensors[:2], origins[:, 0, 0], directions.flatten(1, 2))
         hit = depth.isfinite()[..., None]
-        layers = torch.cat([rgb * hit, hit, torch.where(hit, depth[..., None], 0)], -1)      # (n, R, 5)
-        parts.append(layers.unflatten(1, (size, supersample, size, supersample)).mean((2, 4)))
-    rgb, opacity, depth = torch.cat(parts).split([3, 1, 1], -1)
+        layers = torch.where(hit, torch.cat([rgb, hit, depth[..., None]], -1), 0)        # (n, R, 5)
+        layers = layers.unflatten(1, (size, supersample, size, supersample))
+        pictures.append(layers.mean((2, 4)))
+    rgb, opacity, depth = torch.cat(pictures).split([3, 1, 1], -1)
     return rgb + (1 - opacity) * background, opacity, depth / opacity.clamp(min=1e-6)
 
 
-# ---- The world, as a table -----------------------------------------------------------------------
-# A category: its name, its default colour, and its named parts.  A part is worn or flown (hat, scarf,
-# flag), absent unless the caption names it; or built in, with =DEFAULT, the colour of an unnamed one.
-# A primitive: shape, colour, centre x y z, half-sizes x y z, turns (y90: 90 degrees about y, in order).
-# ± on y makes a pair, mirrored.  A colour is the body's ("main"), a part's, or one of the neutrals.
+# ---- The world is a table ------------------------------------------------------------------------
+# Category, its default colour, its named parts: primitives.  A part with =COLOUR is built in and has
+# that colour unless the caption names one; a part without is absent unless the caption names it.
+# A primitive: shape, colour ("main", a part's name or a neutral), centre x y z and half-sizes x y z
+# in hundredths, turns in degrees (y90, about y).  ± on y makes a mirrored pair.
 
-COLORS = {
-    "red": (.86, .10, .10), "orange": (.98, .50, .05), "yellow": (.98, .85, .12), "green": (.13, .62, .18),
-    "cyan": (.10, .80, .82), "blue": (.10, .25, .88), "purple": (.52, .16, .74), "pink": (.98, .50, .70),
-    "brown": (.42, .23, .10), "white": (.96, .96, .96)}
-NEUTRALS = {
-    "black": (.08, .08, .10), "grey": (.50, .51, .54), "cream": (.97, .87, .70), "tan": (.74, .58, .40),
-    "peach": (.98, .66, .60), "glass": (.66, .86, .98), "gold": (1.0, .84, .36), "amber": (.96, .58, .12),
-    "ruby": (.66, .05, .12)}
-WORN = {"hat": "red", "scarf": "blue", "flag": "red"}          # the colour of one that the caption leaves open
+COLORS = {"red": (.86, .10, .10), "orange": (.98, .50, .05), "yellow": (.98, .85, .12),
+          "green": (.13, .62, .18), "cyan": (.10, .80, .82), "blue": (.10, .25, .88),
+          "purple": (.52, .16, .74), "pink": (.98, .50, .70), "brown": (.42, .23, .10),
+          "white": (.96, .96, .96)}
+NEUTRALS = {"black": (.08, .08, .10), "grey": (.50, .51, .54), "cream": (.97, .87, .70),
+            "tan": (.74, .58, .40), "peach": (.98, .66, .60), "glass": (.66, .86, .98),
+            "gold": (1.0, .84, .36), "amber": (.96, .58, .12), "ruby": (.66, .05, .12)}
+WORN = {"hat": "red", "scarf": "blue", "flag": "red"}             # named without its colour
+FLAT_CATEGORIES, FLAT_COLORS = ("cat", "penguin", "truck"), ("cyan", "purple")    # seen only in 2D
 
 WORLD = """
-bear brown: hat scarf
-ball main 0 0 -.36 .30 .33 .33 | ball cream .13 0 -.36 .21 .24 .25 | ball main 0 0 .20 .30 .34 .30
-ball main 0 ±.29 .43 .08 .13 .13 | ball cream .27 0 .11 .13 .15 .11 | ball black .39 0 .17 .05 .07 .05
-ball black .25 ±.14 .29 .06 .06 .06 | ball main .14 ±.36 -.26 .13 .11 .22 x25 y-30
-ball main .26 ±.21 -.68 .24 .14 .14 | ball cream .47 ±.21 -.66 .05 .10 .10 | ball cream -.31 0 -.54 .11 .11 .11
-tube hat 0 0 .49 .31 .31 .04 | cup hat 0 0 .68 .23 .23 .17 | ball scarf 0 0 -.08 .31 .33 .10 | box scarf .28 .12 -.24 .06 .07 .16
-
-dog brown: hat scarf
-ball main -.16 0 -.32 .36 .22 .22 | tube main .12 ±.13 -.60 .09 .09 .20 | tube main -.38 ±.13 -.60 .09 .09 .20
-ball main .24 0 .14 .28 .28 .27 | ball cream .48 0 .04 .18 .15 .12 | ball black .64 0 .10 .06 .08 .06
-ball black .43 ±.14 .25 .06 .06 .06 | ball black .18 ±.29 .08 .11 .06 .23 x12 | ball main -.54 0 -.10 .08 .08 .22 y-35
-tube hat .20 0 .40 .28 .28 .04 | cup hat .20 0 .58 .21 .21 .16 | ball scarf .15 0 -.14 .25 .25 .09 | box scarf .37 .10 -.30 .06 .07 .16
-
-cat orange: hat scarf
-ball main -.16 0 -.32 .36 .22 .22 | tube main .12 ±.13 -.60 .09 .09 .20 | tube main -.38 ±.13 -.60 .09 .09 .20
-ball main .24 0 .14 .26 .30 .26 | ball cream .45 ±.07 .04 .09 .10 .08 | ball peach .53 0 .09 .05 .05 .04
-ball black .42 ±.14 .22 .06 .07 .08 | cone main .22 ±.20 .41 .09 .12 .16 x-18 | ball main -.52 0 .02 .08 .08 .32 y-30
-tube hat .18 0 .40 .24 .24 .04 | cup hat .18 0 .58 .18 .18 .16 | ball scarf .15 0 -.14 .25 .25 .09 | box scarf .37 .10 -.30 .06 .07 .16
-
-rabbit white: hat scarf
-ball main -.04 0 -.44 .32 .30 .34 | ball cream .11 0 -.44 .20 .21 .26 | ball main .02 0 .08 .27 .28 .26
-ball main -.04 ±.20 .54 .07 .11 .30 x-14 | ball peach .02 ±.20 .54 .04 .06 .22 x-14
-ball cream .25 ±.07 0 .08 .09 .07 | ball peach .32 0 .06 .05 .06 .05 | ball black .23 ±.13 .15 .06 .06 .07
-ball main .24 ±.17 -.76 .22 .11 .08 | ball cream -.38 0 -.58 .13 .13 .13
-tube hat .04 0 .31 .24 .24 .04 | cup hat .04 0 .49 .17 .17 .16 | ball scarf .02 0 -.16 .28 .28 .09 | box scarf .28 .10 -.30 .06 .07 .15
-
-elephant blue: hat scarf
-ball main -.14 0 -.28 .40 .30 .30 | tube main .12 ±.16 -.62 .11 .11 .20 | tube main -.38 ±.16 -.62 .11 .11 .20
-ball main .26 0 .16 .28 .28 .27 | ball main .16 ±.40 .18 .07 .24 .26 z20 | ball peach .20 ±.42 .18 .05 .17 .19 z20
-ball main .54 0 .06 .12 .10 .12 | tube main .58 0 -.14 .08 .08 .22 | ball black .47 ±.15 .24 .06 .06 .06
-cone white .54 ±.14 -.08 .05 .05 .13 x180 | tube hat .22 0 .42 .28 .28 .04 | cup hat .22 0 .60 .21 .21 .16
-ball scarf .12 0 -.10 .27 .27 .09 | box scarf .36 .18 -.26 .06 .07 .16
-
-duck yellow: hat scarf
-ball main -.10 0 -.38 .46 .34 .30 | cone main -.56 0 -.22 .14 .16 .22 y-50 | ball main .20 0 .14 .28 .28 .27
-ball amber .52 0 .06 .20 .17 .07 | ball black .40 ±.15 .24 .06 .06 .07 | ball main -.14 ±.32 -.32 .30 .08 .19 y12
-ball amber .10 ±.16 -.76 .20 .14 .06 | tube amber 0 ±.16 -.68 .05 .05 .10
-tube hat .17 0 .40 .28 .28 .04 | cup hat .17 0 .58 .21 .21 .16 | ball scarf .14 0 -.12 .26 .26 .09 | box scarf .36 .10 -.28 .06 .07 .16
-
-penguin blue: hat scarf
-ball main 0 0 -.36 .32 .36 .44 | ball cream .11 0 -.36 .25 .27 .38 | ball main 0 0 .18 .30 .32 .29
-ball cream .16 ±.11 .17 .15 .14 .18 | cone amber .38 0 .12 .11 .09 .14 y90 | ball black .28 ±.12 .24 .05 .06 .07
-ball main 0 ±.38 -.30 .14 .07 .30 x18 | ball amber .18 ±.17 -.78 .20 .14 .07
-tube hat 0 0 .45 .30 .30 .04 | cup hat 0 0 .64 .22 .22 .17 | ball scarf 0 0 -.06 .30 .31 .09 | box scarf .30 .12 -.22 .06 .07 .16
-
-snowman white: hat scarf
-ball main 0 0 -.47 .40 .40 .38 | ball main 0 0 .00 .29 .29 .27 | ball main 0 0 .36 .24 .24 .23
-cone amber .36 0 .34 .08 .08 .19 y90 | ball black .20 ±.10 .44 .06 .06 .06 | ball black .28 0 .06 .05 .06 .06
-ball black .37 0 -.38 .05 .06 .06 | tube tan 0 ±.44 .10 .05 .05 .24 x-60
-tube hat 0 0 .55 .26 .26 .04 | cup hat 0 0 .71 .19 .19 .14 | ball scarf 0 0 .19 .27 .27 .08 | box scarf .27 .12 .04 .05 .07 .14
-
-robot red: hat scarf
-box main 0 0 -.20 .21 .30 .28 | box main 0 0 .32 .22 .28 .19 | box grey .02 ±.16 -.64 .14 .11 .18
-tube glass .22 ±.13 .38 .09 .09 .06 y90 | box black .22 0 .22 .04 .16 .04 | box gold .21 0 -.16 .04 .16 .13
-tube grey 0 ±.38 -.24 .09 .09 .24 x8 | ball grey .03 ±.42 -.48 .11 .11 .11 | box black -.26 0 -.16 .08 .20 .19
-tube gold 0 ±.32 .33 .09 .09 .06 x90 | tube hat 0 0 .54 .27 .27 .04 | cup hat 0 0 .70 .20 .20 .15
-ball scarf 0 0 .10 .30 .34 .08 | box scarf .25 .14 -.06 .05 .08 .15
-
-car red: wheels=black
-box main 0 0 -.18 .72 .34 .17 | arch glass -.10 0 .16 .30 .35 .19 z90 | box main -.10 0 .30 .24 .27 .05
-tube wheels .42 ±.33 -.36 .19 .19 .10 x90 | tube wheels -.44 ±.33 -.36 .19 .19 .10 x90
-tube cream .42 ±.42 -.36 .08 .08 .03 x90 | tube cream -.44 ±.42 -.36 .08 .08 .03 x90
-tube gold .72 ±.22 -.14 .09 .09 .05 y90 | box grey .72 0 -.28 .05 .30 .06 | box ruby -.72 ±.24 -.14 .04 .08 .07
-
-bus yellow: wheels=black
-box main 0 0 .04 .74 .30 .34 | arch main 0 0 .44 .74 .30 .08 | box glass .02 0 .16 .60 .32 .12 | box glass .74 0 .14 .03 .25 .16
-tube wheels .42 ±.28 -.36 .17 .17 .09 x90 | tube wheels -.42 ±.28 -.36 .17 .17 .09 x90
-tube cream .42 ±.36 -.36 .07 .07 .03 x90 | tube cream -.42 ±.36 -.36 .07 .07 .03 x90
-tube gold .74 ±.20 -.16 .07 .07 .05 y90 | box ruby -.74 ±.22 -.16 .03 .07 .07
-
-truck red: box=white wheels=black
-box main .46 0 -.06 .24 .32 .34 | box glass .54 0 .10 .18 .34 .13 | box box -.24 0 .08 .46 .35 .40
-box grey 0 0 -.38 .70 .28 .06 | tube wheels .46 ±.29 -.44 .17 .17 .09 x90 | tube wheels -.42 ±.29 -.44 .17 .17 .09 x90
-tube cream .46 ±.37 -.44 .07 .07 .03 x90 | tube cream -.42 ±.37 -.44 .07 .07 .03 x90
-tube gold .70 ±.20 -.20 .08 .08 .05 y90 | box black .70 0 -.32 .04 .28 .05 | box black -.70 0 .08 .02 .05 .34
-
-boat blue: sail=cream flag
-arch main -.12 0 -.54 .54 .28 .25 x180 | cone main .52 0 -.54 .26 .28 .25 x180
-box tan -.12 0 -.36 .50 .24 .04 | tube tan .06 0 .14 .05 .05 .66 | roof sail -.24 0 .16 .10 .10 .40
-
-plane white: wings=grey
-ball main .02 0 -.06 .80 .20 .20 | ball glass .22 0 .12 .24 .14 .12 | box wings .12 0 -.10 .20 .86 .05
-box wings -.62 0 .02 .12 .34 .05 | box wings -.66 0 .20 .12 .05 .20 y-20 | tube black .80 0 -.06 .10 .10 .05 y90
-box tan .84 0 -.06 .04 .06 .34 | cone ruby .86 0 -.06 .08 .08 .08 y90 | tube black .26 ±.18 -.38 .11 .11 .06 x90
-box grey .26 ±.18 -.26 .05 .04 .12
-
-rocket white: fins=ruby
-ball main 0 0 .08 .34 .34 .82 | tube grey 0 0 -.66 .20 .20 .10 | cone fins 0 0 .70 .20 .20 .20
-tube gold .32 0 .22 .15 .15 .07 y90 | tube glass .36 0 .22 .10 .10 .06 y90 | box black .30 0 -.22 .06 .14 .20
-box fins 0 ±.34 -.56 .06 .18 .20 | box fins -.36 0 -.56 .18 .06 .20
-
-chair brown: seat=cream
-box seat 0 0 -.14 .44 .42 .09 | box main -.38 0 .34 .07 .42 .46 | box main .36 ±.34 -.53 .07 .07 .30
-box main -.36 ±.34 -.53 .07 .07 .30 | box seat -.29 0 .38 .05 .30 .26
-
-lamp white: shade=cream
-cup shade 0 0 .42 .54 .54 .40 | tube main 0 0 -.30 .08 .08 .46 | dome main 0 0 -.72 .40 .40 .12 
-ball gold .34 0 -.58 .10 .10 .07 | ball main 0 0 -.16 .16 .16 .16
-
-house white: roof=tan flag
-box main 0 0 -.34 .46 .42 .34 | roof roof 0 0 .24 .58 .58 .30 | box tan .46 0 -.44 .03 .13 .24 | box glass .46 ±.28 -.24 .03 .09 .12
-box glass -.46 0 -.24 .03 .20 .14 | box glass 0 ±.42 -.24 .20 .03 .12
-
-castle pink: roof=grey flag
-box main -.08 0 -.42 .36 .44 .34 | tube main .34 ±.40 -.30 .18 .18 .46 | cone roof .34 ±.40 .34 .24 .24 .20
-tube main -.16 0 .06 .24 .24 .40 | cone roof -.16 0 .62 .30 .30 .24 | box tan .30 0 -.56 .02 .14 .20
-
-mug blue: handle=cream
-tube main 0 0 -.05 .50 .50 .58 | tube tan 0 0 .50 .43 .43 .045 | ball black .47 ±.18 .10 .07 .07 .09
-ball peach .44 ±.30 -.08 .07 .08 .06 | tube handle 0 .66 .18 .07 .07 .2 x90 | tube handle 0 .66 -.28 .07 .07 .2 x90 
-tube handle 0 .80 -.05 .08 .08 .30 | box black .50 0 -.10 .04 .09 .04
-
-teapot white: lid=cream
-ball main 0 0 -.12 .52 .52 .44 | dome lid 0 0 .32 .32 .32 .12 | ball lid 0 0 .48 .11 .11 .11
-cone main .62 0 .02 .16 .14 .34 y50 | tube main -.66 0 -.10 .07 .07 .26
-
-mushroom red: spots=cream
-dome main 0 0 .32 .78 .78 .30 | tube cream 0 0 -.32 .30 .30 .42 | ball black .28 ±.13 -.18 .06 .06 .09
-ball spots .40 0 .42 .14 .2 .12
-
-cactus green: pot=tan hat
-ball main 0 0 .06 .28 .28 .56 | cup pot 0 0 -.62 .42 .42 .24 x180 | ball main 0 ±.40 .0 .22 .12 .12
-ball main 0 ±.5 .2 .12 .12 .24
+bear brown hat scarf: ball main 0 0 -36 30 33 33 | ball cream 13 0 -36 21 24 25
+  ball main 0 0 20 30 34 30 | ball main 0 ±29 43 8 13 13 | ball cream 27 0 11 13 15 11
+  ball black 39 0 17 5 7 5 | ball white 23 ±14 29 7 9 9 | ball black 29 ±13 29 4 5 6
+  ball main 14 ±36 -26 13 11 22 x25 y-30 | ball main 26 ±21 -68 24 14 13
+  ball cream 46 ±21 -65 5 10 10 | ball cream -31 0 -54 11 11 11 | tube hat 0 0 49 31 31 4
+  cup hat 0 0 68 23 23 17 | ball scarf 0 0 -8 31 33 10 | box scarf 28 12 -24 6 7 16
+dog brown hat scarf: ball main -14 0 -30 36 22 22 | tube main 14 ±13 -58 9 9 20
+  tube main -34 ±13 -58 9 9 20 | ball main 24 0 14 28 28 27 | ball cream 48 0 4 18 15 12
+  ball black 64 0 10 6 8 6 | ball white 40 ±14 24 8 9 9 | ball black 47 ±13 24 4 5 6
+  ball black 18 ±29 8 11 6 23 x12 | ball main -52 0 -8 8 8 22 y-35 | tube hat 20 0 40 28 28 4
+  cup hat 20 0 58 21 21 16 | ball scarf 15 0 -14 25 25 9 | box scarf 37 10 -30 6 7 16
+cat orange hat scarf: ball main -14 0 -30 36 22 22 | tube main 14 ±13 -58 9 9 20
+  tube main -34 ±13 -58 9 9 20 | ball main 24 0 14 26 30 26 | ball cream 45 ±7 4 9 10 8
+  ball peach 53 0 9 5 5 4 | ball white 39 ±14 21 8 9 9 | ball black 46 ±14 21 4 4 7
+  cone main 22 ±21 41 9 12 16 x-18 | ball main -52 0 4 8 8 32 y-30 | tube hat 18 0 40 24 24 4
+  cup hat 18 0 58 18 18 16 | ball scarf 15 0 -14 25 25 9 | box scarf 37 10 -30 6 7 16
+rabbit white hat scarf: ball main -4 0 -44 32 30 34 | ball cream 11 0 -44 20 21 26
+  ball main 2 0 8 27 28 26 | ball main -4 ±20 54 7 11 30 x-14 | ball peach 2 ±20 54 4 6 22 x-14
+  ball cream 25 ±7 0 8 9 7 | ball peach 32 0 6 5 6 5 | ball white 20 ±13 16 8 9 10
+  ball black 27 ±13 16 4 5 7 | ball main 24 ±17 -75 22 11 8 | ball cream -38 0 -58 13 13 13
+  tube hat 4 0 31 24 24 4 | cup hat 4 0 49 17 17 16 | ball scarf 2 0 -16 28 28 9
+  box scarf 28 10 -30 6 7 15
+elephant blue hat scarf: ball main -12 0 -28 40 30 28 | tube main 16 ±15 -58 11 11 20
+  tube main -32 ±15 -58 11 11 20 | ball main 26 0 16 28 28 27 | ball main 16 ±40 18 7 24 26 z20
+  ball peach 20 ±42 18 5 17 19 z20 | ball main 54 0 6 12 10 12 | tube main 58 0 -14 8 8 22
+  ball white 44 ±16 25 8 8 9 | ball black 51 ±15 25 4 5 6 | cone white 54 ±14 -8 5 5 13 x180
+  tube hat 22 0 42 28 28 4 | cup hat 22 0 60 21 21 16 | ball scarf 12 0 -10 27 27 9
+  box scarf 36 18 -26 6 7 16
+duck yellow hat scarf: ball main -10 0 -38 46 34 30 | cone main -56 0 -22 14 16 22 y-50
+  ball main 20 0 14 28 28 27 | ball amber 52 0 6 20 17 7 | ball white 37 ±15 24 9 9 10
+  ball black 45 ±15 24 4 5 7 | ball main -14 ±32 -32 30 8 19 y12 | ball amber 10 ±16 -76 20 14 6
+  tube amber 0 ±16 -68 5 5 10 | tube hat 17 0 40 28 28 4 | cup hat 17 0 58 21 21 16
+  ball scarf 14 0 -12 26 26 9 | box scarf 36 10 -28 6 7 16
+penguin blue hat scarf: ball main 0 0 -36 32 36 44 | ball cream 11 0 -36 25 27 38
+  ball main 0 0 18 30 32 29 | ball cream 16 ±11 17 15 14 18 | cone amber 38 0 12 11 9 14 y90
+  ball black 28 ±12 24 5 6 7 | ball main 0 ±38 -30 14 7 30 x18 | ball amber 18 ±17 -78 20 14 7
+  tube hat 0 0 45 30 30 4 | cup hat 0 0 64 22 22 17 | ball scarf 0 0 -6 30 31 9
+  box scarf 30 12 -22 6 7 16
+snowman white hat scarf: ball main 0 0 -47 40 40 38 | ball main 0 0 0 29 29 27
+  ball main 0 0 36 24 24 23 | cone amber 36 0 34 8 8 19 y90 | ball white 18 ±11 43 7 8 8
+  ball black 24 ±11 43 4 5 6 | ball black 28 0 6 5 6 6 | ball black 37 0 -38 5 6 6
+  tube tan 0 ±44 10 5 5 24 x-60 | tube hat 0 0 55 26 26 4 | cup hat 0 0 71 19 19 14
+  ball scarf 0 0 19 27 27 8 | box scarf 27 12 4 5 7 14
+robot red hat scarf: box main 0 0 -20 21 30 28 | box main 0 0 32 22 28 19
+  box grey 2 ±16 -64 14 11 18 | tube glass 22 ±13 38 9 9 6 y90 | box black 22 0 22 4 16 4
+  box gold 21 0 -16 4 16 13 | tube grey 0 ±38 -24 9 9 24 x8 | ball grey 3 ±42 -48 11 11 11
+  box black -26 0 -16 8 20 19 | tube gold 0 ±32 33 9 9 6 x90 | tube hat 0 0 54 27 27 4
+  cup hat 0 0 70 20 20 15 | ball scarf 0 0 10 30 34 8 | box scarf 25 14 -6 5 8 15
+car red wheels=black: box main 0 0 -16 74 35 17 | arch main -10 0 21 29 40 22 z90
+  arch glass -10 0 17 31 31 16 z90 | arch glass -4 0 19 23 38 18 z90
+  tube gold 74 ±22 -12 9 9 5 y90 | box grey 74 0 -26 5 32 6 | tube wheels 42 ±33 -36 20 20 10 x90
+  tube wheels -44 ±33 -36 20 20 10 x90 | tube cream 42 ±42 -36 8 8 3 x90
+  tube cream -44 ±42 -36 8 8 3 x90 | box ruby -74 ±24 -10 4 8 7
+bus yellow wheels=black: box main 0 0 4 74 32 34 | arch main 0 0 44 74 32 8
+  box glass 2 0 16 60 34 12 | box glass 74 0 14 3 26 16 | tube wheels 42 ±30 -36 18 18 9 x90
+  tube wheels -42 ±30 -36 18 18 9 x90 | box grey 74 0 -26 4 30 5 | tube cream 42 ±38 -36 7 7 3 x90
+  tube cream -42 ±38 -36 7 7 3 x90 | tube gold 74 ±20 -13 8 8 5 y90 | box ruby -74 ±22 -16 3 7 7
+truck red box=white wheels=black: box main 46 0 -6 24 32 34 | box glass 54 0 10 18 34 13
+  box box -24 0 8 46 35 40 | box grey 0 0 -38 70 28 6 | tube wheels 46 ±29 -44 18 18 9 x90
+  tube wheels -42 ±29 -44 18 18 9 x90 | tube cream 46 ±37 -44 7 7 3 x90
+  tube cream -42 ±37 -44 7 7 3 x90 | tube gold 70 ±20 -20 8 8 5 y90 | box black 70 0 -32 4 28 5
+  box black -70 0 8 2 5 34
+train green wheels=black: tube main 20 0 -6 29 29 44 y90 | box main -36 0 0 24 32 37
+  box black -36 0 42 30 36 5 | cup black 42 0 34 15 15 18 x180 | ball gold 8 0 22 13 13 12
+  tube gold 65 0 -6 14 14 5 y90 | box glass -36 0 20 14 34 11 | box grey 2 0 -36 64 24 6
+  box ruby 64 0 -42 6 26 8 | tube wheels 44 ±27 -46 16 16 8 x90 | tube wheels 6 ±27 -46 16 16 8 x90
+  tube wheels -34 ±27 -46 16 16 8 x90
+boat blue sail=cream flag: dome main 0 0 -50 84 36 34 x180 | tube tan 0 0 -20 76 30 5
+  tube tan 16 0 30 5 5 56 | roof sail -17 0 32 4 30 46 z90 y18 | box white -34 0 -10 18 20 12
+  tube flag -66 0 0 4 4 26 | box flag -76 0 16 12 4 10
+plane white wings=grey: ball main 2 0 -6 78 20 20 | ball glass 22 0 12 24 14 12
+  box wings 12 0 -10 20 84 5 | box wings -62 0 2 12 34 5 | box wings -66 0 20 12 5 20 y-20
+  tube black 76 0 -6 10 10 5 y90 | box tan 80 0 -6 4 6 30 | cone ruby 82 0 -6 8 8 8 y90
+  tube black 26 ±18 -38 12 12 6 x90 | box grey 26 ±18 -26 5 4 12
+rocket white fins=ruby: ball main 0 0 0 34 34 74 | cone fins 0 0 64 28 28 27
+  tube grey 0 0 -66 20 20 10 | cone amber 0 0 -82 14 14 9 x180 | tube gold 30 0 16 17 17 8 y90
+  tube glass 34 0 16 11 11 7 y90 | box black 29 0 -26 6 12 16 y10 | box fins 0 ±36 -52 6 18 20
+  box fins -36 0 -52 18 6 20
+chair brown seat=cream: box seat 0 0 -14 38 37 9 | box main -33 0 30 6 37 42
+  box seat -25 0 34 4 27 26 | box main 31 ±30 -48 7 7 26 | box main -31 ±30 -48 7 7 26
+lamp white shade=cream: cup shade 0 0 46 52 52 36 | tube main 0 0 -10 8 8 34
+  ball main 0 0 -52 42 42 34 | ball white 36 ±14 -43 7 9 11 | ball black 42 ±14 -43 4 5 8
+  box black 41 0 -58 4 8 3 | ball peach 34 ±26 -58 6 8 6
+house white roof=tan door=cream: box main 0 0 -34 46 42 34 | roof roof 0 0 24 58 58 30
+  box door 46 0 -44 3 13 24 | box glass 46 ±28 -24 3 9 12 | box glass -46 0 -24 3 20 14
+  box glass 0 0 -24 20 44 12 | box grey -22 26 40 9 9 22
+castle pink roof=grey flag: box main -12 0 -40 30 36 30 | tube main 24 ±36 -27 17 17 41
+  cone roof 24 ±36 30 23 23 19 | tube main -14 0 10 22 22 30 | cone roof -14 0 54 29 29 17
+  arch black 19 0 -52 3 14 18 | ball black 40 ±36 -8 4 6 10 | tube flag -14 0 74 4 4 16
+  box flag 0 0 80 14 4 9
+mug blue handle=cream: tube main 0 -10 -4 52 52 58 | tube tan 0 -10 52 45 45 4
+  ball white 48 -28 14 6 11 13 | ball white 48 8 14 6 11 13 | ball black 53 -27 13 4 7 9
+  ball black 53 7 13 4 7 9 | box black 52 -10 -10 4 9 4 | ball peach 43 -42 -8 7 9 7
+  ball peach 43 22 -8 7 9 7 | tube handle 0 56 18 8 8 18 x90 | tube handle 0 56 -28 8 8 18 x90
+  tube handle 0 70 -5 8 8 31
+mushroom red spots=cream: dome main 0 0 36 80 80 30 | tube cream 0 0 -38 34 34 44
+  ball black 32 ±13 -26 6 6 10 | box black 34 0 -46 3 9 3 | ball peach 28 ±25 -44 6 7 6
+  ball spots 56 0 46 16 20 16 | ball spots 12 ±58 46 20 16 16 | ball spots -6 0 64 18 18 6
 """
-PARTICULAR = 2                                                 # named parts of a category, at most
+
+def read_world(text):
+    """{category: (default colour, {part: default colour, "" if worn}, [primitive])}"""
+    world = {}
+    for line in text.strip().split("\n"):
+        header, _, cells = line.rpartition(":")
+        if header:
+            name, color, *parts = header.split()
+            world[name] = color, dict((part + "=").split("=")[:2] for part in parts), []
+        world[name][2].extend(cells.split("|"))
+    return world
 
 
-def read_world(text=WORLD):
-    """{category: (default colour, {part: default or None}, its lines)}"""
-    categories = {}
-    for block in text.strip().split("\n\n"):
-        header, *lines = block.split("\n")
-        (name, color), parts = header.split(":")[0].split(), header.split(":")[1].split()
-        parts = dict((part.split("=") + [None])[:2] for part in parts)
-        categories[name] = (color, parts, lines)
-    return categories
+CATEGORIES, PAINTS = read_world(WORLD), COLORS | NEUTRALS
+NAMES, HUES, PAINT = list(CATEGORIES), list(COLORS), list(PAINTS)
 
 
-CATEGORIES = read_world()                                      # 24 of them
-NAMES, HUES = list(CATEGORIES), list(COLORS)
-PALETTE = list((COLORS | NEUTRALS).values())
-FLAT_CATEGORIES, FLAT_COLORS = ("cat", "penguin", "truck"), ("cyan", "purple")     # seen in 2D only
-
-
-def primitive(cell):
-    """One cell of the table -> its colour's name and its geometry, one (17,) tensor or a mirrored pair."""
-    shape, color, *numbers = cell.split()
-    x, y, z, *half = (float(n.lstrip("±")) for n in numbers[:6])
-    rows = []
-    for sign in (1, -1) if numbers[1].startswith("±") else (1,):
+def read_primitive(text):
+    """-> [(colour's name, geometry (17,))], one or a mirrored pair."""
+    shape, color, *numbers = text.split()
+    x, y, z, *half = (int(n.lstrip("±")) / 100 for n in numbers[:6])
+    rows, axes = [], torch.eye(3)
+    for side in (1, -1) if "±" in text else (1,):
         turn = torch.eye(3)
-        for word in numbers[6:]:                              # y stays y in the mirror; x and z turn back
-            axis, angle = "xyz".index(word[0]), math.radians(float(word[1:]))
-            i, j, angle = (axis + 1) % 3, (axis + 2) % 3, angle if axis == 1 else sign * angle
-            step = torch.eye(3)
-            step[i, i] = step[j, j] = math.cos(angle)
-            step[j, i], step[i, j] = math.sin(angle), -math.sin(angle)
-            turn = step @ turn
-        matrix = turn.T / torch.tensor(half)[:, None]         # from the world into the cube
-        rows.append(torch.cat([matrix.flatten(), torch.tensor([x, sign * y, z, *SHAPES[shape]])]))
-    return color, rows
+        for word in numbers[6:]:                              # the mirror turns x and z the other way
+            angle = math.radians(int(word[1:])) * (1 if word[0] == "y" else side)
+            spin = torch.linalg.cross(angle * axes["xyz".index(word[0])].expand(3, 3), axes).T
+            turn = torch.linalg.matrix_exp(spin) @ turn
+        cube = (turn.T / torch.tensor(half)[:, None]).flatten()                          # world to cube
+        rows.append((color, torch.cat([cube, torch.tensor([x, side * y, z, *SHAPES[shape]])])))
+    return rows
 
 
 @functools.cache
-def templates(device):
-    """Geometry (C, P, 17) of every category with all it can wear, the colour of each primitive (C, P) as an
-    index into PALETTE, or -1 main, -2 first part, -3 second; default (C, 3): the colours if unnamed, -1 none."""
-    nothing = torch.tensor([1., 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, *SHAPES["none"]])
-    geometry, slots, defaults = [], [], []
-    index = {name: i for i, name in enumerate(COLORS | NEUTRALS)}
-    for color, parts, lines in CATEGORIES.values():
-        own = {"main": -1} | {part: -2 - i for i, part in enumerate(parts)}
-        cells = [primitive(cell) for line in lines for cell in line.split("|")]
-        rows = [(row, own.get(name, index.get(name))) for name, rows in cells for row in rows]
-        rows += [(nothing, 0)] * (24 - len(rows))
-        geometry.append(torch.stack([row for row, _ in rows]))
-        slots.append([slot for _, slot in rows])
-        defaults.append([index[color], *(index.get(d, -1) for d in parts.values()), -1, -1][:3])
-    return tuple(torch.as_tensor(t).to(device) for t in (torch.stack(geometry), slots, defaults))
+def templates():
+    """Every category with all it can wear: geometry (C, P, 17); paint (C, P), an index of PAINTS or
+    -1 main, -2 first part, -3 second; unnamed (C, 3), the paint of those three by default, -1 none."""
+    geometry, paint, unnamed = [], [], []
+    for color, parts, primitives in CATEGORIES.values():
+        own = ["main", *parts]
+        rows = [row for text in primitives for row in read_primitive(text)]
+        rows += read_primitive("none black 0 0 0 100 100 100") * (24 - len(rows))
+        geometry.append(torch.stack([row for _, row in rows]))
+        paint.append([-1 - own.index(c) if c in own else PAINT.index(c) for c, _ in rows])
+        unnamed.append([PAINT.index(c) if c else -1 for c in (color, *parts.values(), "", "")][:3])
+    return torch.stack(geometry), torch.tensor(paint), torch.tensor(unnamed)
 
 
 def build(specs, device="cpu"):
-    """specs (B, 4) -> the primitives of B objects, geometry (B, P, 17) and colours (B, P, 3)."""
-    geometry, slots, defaults = templates(str(device))
-    specs = specs.to(device)
-    category, colors = specs[:, 0], specs[:, 1:]
-    colors = torch.where(colors < 0, defaults[category], colors)
-    slot = slots[category]
-    index = torch.where(slot < 0, colors.gather(1, (-1 - slot).clamp(min=0)), slot)
-    nowhere = torch.tensor(SHAPES["none"], device=device, dtype=torch.float)
-    geometry = geometry[category]
-    shape = torch.where(index[..., None] < 0, nowhere, geometry[..., 12:])
-    return torch.cat([geometry[..., :12], shape], -1), torch.tensor(PALETTE, device=device)[index.clamp(min=0)]
+    """B objects of specs (B, 4), all by table look-up: geometry (B, P, 17), colors (B, P, 3)."""
+    geometry, paint, unnamed = (t[specs[:, 0]] for t in templates())
+    chosen = torch.where(specs[:, 1:] < 0, unnamed, specs[:, 1:])
+    paint = torch.where(paint < 0, chosen.gather(1, (-1 - paint).clamp(min=0)), paint)
+    geometry[..., 12:][paint < 0] = torch.tensor(SHAPES["none"], dtype=torch.float)      # not worn
+    return geometry.to(device), torch.tensor(list(PAINTS.values()))[paint].to(device)
 
 
 # ---- Captions ------------------------------------------------------------------------------------
-# A spec is four numbers: category, main colour, colours of the first and second named part; -1 where the
-# caption names no colour (the part is absent, or has its default).
+# A spec is four numbers: category, main colour, colour of the first and the second named part, as
+# indices of NAMES and HUES, or -1 for a part that the caption does not name.
 
 
 def sentence(name, color, parts):
-    """'a red robot wearing a blue hat': parts is {noun: colour word}; a colour word may be ''."""
+    """"a red robot wearing a blue hat"; parts {part: colour}; an unsaid colour is ""."""
     def phrase(color, noun):
         text = f"{color} {noun}".strip()
-        plural = noun.endswith("s") and noun not in CATEGORIES
-        return text if plural else ("an " if text[0] in "aeiou" else "a ") + text
-    verb = " wearing " if next(iter(CATEGORIES[name][1])) == "hat" else " with "
-    extra = " and ".join(phrase(color, noun) for noun, color in parts.items())
-    return phrase(color, name) + (verb + extra if extra else "")
+        several = noun.endswith("s") and noun not in NAMES
+        return text if several else f"an {text}" if text[0] in "aeiou" else f"a {text}"
+    verb = " wearing " if "hat" in CATEGORIES[name][1] else " with "
+    things = " and ".join(phrase(color, part) for part, color in parts.items())
+    return phrase(color, name) + (things and verb + things)
 
 
 def format_caption(spec, said=(True, True, True)):
-    """The caption of a spec; a colour word with said[i] False is left out."""
-    category, *colors = (int(i) for i in spec)
-    words = ["" if c < 0 or not s else HUES[c] for c, s in zip(colors, said)]
-    parts = CATEGORIES[NAMES[category]][1]
-    return sentence(NAMES[category], words[0],
-                    {part: word for part, word, c in zip(parts, words[1:], colors[1:]) if c >= 0})
+    """A spec's caption; said: which of its colours to say."""
+    name, words = NAMES[spec[0]], [HUES[c] if s else "" for c, s in zip(spec[1:], said)]
+    parts = zip(CATEGORIES[name][1], words[1:], spec[2:])
+    return sentence(name, words[0], {part: word for part, word, c in parts if c >= 0})
 
 
 def parse_caption(caption):
-    """The spec of a caption: exactly what format_caption writes, suffix or not, else a ValueError."""
-    text = caption.removesuffix(", 3d asset")
-    hues = "|".join(HUES)
-    whole = re.fullmatch(rf"an? (?:({hues}) )?({'|'.join(NAMES)})(?: (?:wearing|with) (.+))?", text)
-    if whole:
-        color, name, rest = whole.groups(default="")
-        default, known, _ = CATEGORIES[name]
-        found = re.findall(rf"(?:^| and )(?:an? )?(?:({hues}) )?(\w+)", rest)
-        words = {noun: word for word, noun in found if noun in known}
-        if text == sentence(name, color, {part: words[part] for part in known if part in words}):
-            parts = [words[p] or WORN.get(p) if p in words else None for p in known] + [None, None]
-            return (NAMES.index(name), *(HUES.index(c) if c else -1 for c in (color or default, *parts[:2])))
-    raise ValueError(
-        f"the toy world cannot read the caption {caption!r}: write it like 'a red robot wearing a blue hat and a "
-        f"green scarf' or 'an orange car with blue wheels', with the colours {', '.join(HUES)} and the things "
-        + "; ".join(" ".join([name, *(f"({p})" for p in CATEGORIES[name][1])]) for name in NAMES))
+    """The spec of a caption that reads just as format_caption writes, or so with ", 3d asset"."""
+    hues, text = f"(?:({'|'.join(HUES)}) )?", caption.removesuffix(", 3d asset")
+    match = re.fullmatch(rf"an? {hues}({'|'.join(NAMES)})(?: (?:wearing|with) (.+))?", text)
+    if match:
+        color, name, things = match.groups(default="")
+        default, parts, _ = CATEGORIES[name]
+        found = {part: c for c, part in re.findall(rf"{hues}(\w+)(?: and |$)", things)}
+        if text == sentence(name, color, {part: found[part] for part in parts if part in found}):
+            worn = [found[p] or WORN.get(p) if p in found else None for p in parts]
+            colors = [color or default, *worn, None, None][:3]
+            return NAMES.index(name), *(HUES.index(c) if c else -1 for c in colors)
+    things = "; ".join(" ".join([n, *(f"+{p}" for p in CATEGORIES[n][1])]) for n in NAMES)
+    raise ValueError(f"the toy world cannot read the caption {caption!r}: write it like 'a red robot "
+                     "wearing a blue hat and a green scarf' or 'an orange car with blue wheels', with "
+                     f"the colours {', '.join(HUES)} and the things {things}")
 
 
-# ---- The split: what training sees, and where ------------------------------------------------------
+# ---- The split: what is seen in 3D, only in 2D, nowhere ------------------------------------------
 
-SPLITS = ("3d", "2d", "never")
+SPLITS = "3d", "2d", "never"
 
 
 def splits(specs):
-    """The rule, for specs (..., 4), as indices of SPLITS.
+    """THE rule, for training and evaluation: specs (..., 4) -> indices of SPLITS (...).
 
-    never   a hashed fifth of all combinations of category and colours: seen nowhere
-    2d      of the rest, whatever holds a colour of FLAT_COLORS or is one of FLAT_CATEGORIES: no view sets
-    3d      all else: seen as view sets, and in 2D too
+    never: a hashed fifth of all specs.   2d: of the others, those of FLAT_CATEGORIES and those with
+    any colour of FLAT_COLORS.   3d: the rest; the view sets hold these alone, the 2D set both.
     """
     h = (specs + 1) @ torch.tensor([1, 31, 961, 29791])
     for factor in (2246822519, 3266489917):
         h = ((h ^ (h >> 15)) * factor) & 0xFFFFFFFF
-    flat = torch.isin(specs[..., 1:], torch.tensor([HUES.index(c) for c in FLAT_COLORS])).any(-1)
-    flat |= torch.isin(specs[..., 0], torch.tensor([NAMES.index(c) for c in FLAT_CATEGORIES]))
-    return torch.where((h >> 8) % 5 == 0, 2, flat.long())
+    return torch.where((h >> 8) % 5 == 0, 2, is_flat(specs).any(-1).long())
+
+
+def is_flat(specs):
+    """Which of the four numbers are a category or a colour of 2D only: bool (..., 4)."""
+    names, hues = map(NAMES.index, FLAT_CATEGORIES), map(HUES.index, FLAT_COLORS)
+    return torch.cat([torch.isin(specs[..., :1], torch.tensor([*names])),
+                      torch.isin(specs[..., 1:], torch.tensor([*hues]))], -1)
 
 
 def split_of(spec):
-    """'3d', '2d' or 'never'."""
+    """"3d", "2d" or "never"."""
     return SPLITS[splits(torch.tensor(spec))]
 
 
 @functools.cache
 def all_specs():
-    """Every spec (S, 4), its split (S,), and how often to draw it (S,): all categories alike, a part named or
-    worn in 6 pictures of 10."""
-    rows = []
-    for i, (_, parts, _) in enumerate(CATEGORIES.values()):
-        choices = [range(-1, len(HUES)) if j < len(parts) else [-1] for j in range(2)]
-        rows += [(i, c, a, b) for c in range(len(HUES)) for a in choices[0] for b in choices[1]]
-    specs = torch.tensor(rows)
-    has = torch.tensor([[len(parts) > j for j in range(2)] for _, parts, _ in CATEGORIES.values()])[specs[:, 0]]
-    weight = torch.where(has, torch.where(specs[:, 2:] < 0, 0.4, 0.06), 1.0).prod(1)
-    return specs, splits(specs), weight
-
-
-def draw_specs(num, allowed, generator=None, replacement=True):
-    """num specs (num, 4) out of those that allowed(specs, split) marks True or with a weight."""
-    specs, split, weight = all_specs()
-    return specs[torch.multinomial(weight * allowed(specs, split), num, replacement, generator=generator)]
-
-
-def draw_captions(specs, generator=None):
-    """Captions in which each colour word is left out once in ten times."""
-    said = torch.rand(len(specs), 3, generator=generator) >= 0.1
-    return [format_caption(*row) for row in zip(specs.tolist(), said.tolist())]
+    """Every spec (S, 4), and how often to draw it (S,): categories alike, each part named in .6."""
+    options = [-1, *range(len(HUES))]
+    specs = torch.tensor([(i, main, a, b) for i, name in enumerate(NAMES) for main in options[1:]
+                          for a in options for b in options[:11 * len(CATEGORIES[name][1]) - 10]])
+    weight = torch.where(specs[:, 2:] < 0, 0.4, 0.06).prod(1)
+    return specs, weight / torch.bincount(specs[:, 0], weight)[specs[:, 0]]
 
 
 def toy_prompts(row, num, seed=0):
-    """num different captions for evaluation, all colours said, one row of the quality table:
-    "seen" in 3D; "combination", of known things, never seen anywhere; "colour" or "category" seen only in 2D."""
-    hue, kind = (torch.tensor([words.index(w) for w in flat]) for words, flat in
-                 ((HUES, FLAT_COLORS), (NAMES, FLAT_CATEGORIES)))
-
-    def allowed(specs, split):
-        flat_kind, flat_hue = torch.isin(specs[:, 0], kind), torch.isin(specs[:, 1:], hue)
-        known = ~flat_kind & ~flat_hue.any(1)
-        return {"seen": split == 0, "combination": (split == 2) & known,
-                "colour": (split == 1) & ~flat_kind & flat_hue[:, 0] & ~flat_hue[:, 1:].any(1),
-                "category": (split == 1) & flat_kind & ~flat_hue.any(1)}[row]
+    """num different captions, every colour said, of one row of the quality table: "seen" in 3D;
+    "combination", never seen, of things seen; a main "colour" or a "category" seen only in 2D."""
+    specs, weight = all_specs()
+    split, flat = splits(specs), is_flat(specs)
+    name, main, part = flat[:, 0], flat[:, 1], flat[:, 2:].any(1)
+    rows = {"seen": split == 0, "combination": (split == 2) & ~flat.any(1),
+            "colour": (split == 1) & ~name & main & ~part,
+            "category": (split == 1) & name & ~main & ~part}
+    if row not in rows:
+        raise ValueError(f"there are no prompts of the row {row!r}: choose one of {', '.join(rows)}")
     generator = torch.Generator().manual_seed(seed)
-    return [format_caption(spec) for spec in draw_specs(num, allowed, generator, replacement=False)]
+    chosen = torch.multinomial(weight * rows[row], num, generator=generator)
+    return [format_caption(spec) for spec in specs[chosen].tolist()]
 
 
-# ---- The two training sets, and the truth ----------------------------------------------------------
+# ---- The truth, and the two training sets --------------------------------------------------------
 
 
-def toy_render(captions, c2w, fov=TOY_FOV, distance=TOY_DISTANCE, size=128, background=0.5, supersample=2,
-               device="cpu"):
-    """The truth of B captions at cameras (V, 4, 4) or (B, V, 4, 4), whose translations `distance` multiplies:
-    rgb (B, V, H, W, 3) in [0, 1], opacity and depth (B, V, H, W, 1)."""
-    specs = torch.tensor([parse_caption(caption) for caption in captions])
-    c2w = c2w.expand(len(specs), *c2w.shape[-3:])
-    pictures = render(build(specs, device), c2w.flatten(0, 1), fov, distance, size, background, supersample)
+def toy_render(captions, c2w, fov=TOY_FOV, distance=TOY_DISTANCE, size=128, background=0.5,
+               supersample=2, device="cpu"):
+    """The truth of B captions at cameras (V, 4, 4) or (B, V, 4, 4), translations times `distance`:
+    {rgb (B, V, H, W, 3) in [0, 1], opacity (B, V, H, W, 1), depth (B, V, H, W, 1)}."""
+    objects = build(torch.tensor([parse_caption(caption) for caption in captions]), device)
+    c2w = c2w.expand(len(captions), *c2w.shape[-3:])
+    pictures = render(objects, c2w.flatten(0, 1), fov, distance, size, background, supersample)
     return {k: v.unflatten(0, c2w.shape[:2]) for k, v in zip(("rgb", "opacity", "depth"), pictures)}
 
 
-def toy_views(num_sets, num_views=4, size=128, generator=None, device="cpu"):
-    """The 3D set: images (B*V, 3, H, W) in [-1, 1], c2w (B*V, 4, 4) on the unit sphere, captions [B].
+def draw(num, weight, generator=None):
+    """num specs (num, 4), weights on top of all_specs()'s, and captions; of these each colour word is
+    left out once in ten times."""
+    specs, usual = all_specs()
+    specs = specs[torch.multinomial(usual * weight, num, True, generator=generator)]
+    said = torch.rand(num, 3, generator=generator) >= 0.1
+    return specs, [format_caption(*row) for row in zip(specs.tolist(), said.tolist())]
 
-    Each set has one elevation, one plain grey behind it, and evenly spaced views from any azimuth on.
+
+def toy_views(num_sets, num_views=4, size=128, generator=None, device="cpu"):
+    """The 3D set: images (B*V, 3, H, W), c2w (B*V, 4, 4) on the unit sphere, captions [B].
+
+    A set: one elevation of 0 to 30, evenly spaced views from any azimuth, one plain grey behind.
     """
-    specs = draw_specs(num_sets, lambda _, split: split == 0, generator)
-    captions = [caption + ", 3d asset" for caption in draw_captions(specs, generator)]
+    specs, captions = draw(num_sets, splits(all_specs()[0]) == 0, generator)
     azimuth, elevation, grey = torch.rand(3, num_sets, 1, generator=generator)
-    c2w = look_at_origin(30 * elevation, 360 * (azimuth + torch.arange(num_views) / num_views)).flatten(0, 1)
-    grey = grey.repeat_interleave(num_views, 0)[..., None, None].to(device)
+    c2w = look_at_origin(30 * elevation, 360 * (azimuth + torch.arange(num_views) / num_views))
+    c2w, grey = c2w.flatten(0, 1), grey.repeat_interleave(num_views)[:, None, None, None].to(device)
     rgb, _, _ = render(build(specs, device), c2w, TOY_FOV, TOY_DISTANCE, size, grey)
-    return rgb.permute(0, 3, 1, 2) * 2 - 1, c2w.to(device), captions
+    return 2 * rgb.movedim(-1, 1) - 1, c2w.to(device), [c + ", 3d asset" for c in captions]
 
 
 def toy_pictures(num, size=128, generator=None, device="cpu"):
-    """The 2D set: single images (N, 3, H, W) in [-1, 1] of the wider world, with captions [N].
+    """The 2D set: single images (N, 3, H, W) of the wider world, and captions [N].
 
-    Any azimuth, elevations from -10 to 60, loose framing, and two busy backgrounds for one plain.  What is
-    seen in 2D only comes three times as often, since nothing else teaches it.
+    Any azimuth, elevation -10 to 60, loose framing, two busy backgrounds for each plain one.  The
+    categories that only this set shows come three times as often as the others.
     """
-    flat = torch.tensor([NAMES.index(name) for name in FLAT_CATEGORIES])
-    specs = draw_specs(num, lambda specs, split: (split < 2) * (1 + 2 * torch.isin(specs[:, 0], flat)), generator)
-    captions = draw_captions(specs, generator)
-    azimuth, elevation, distance, fov, right, up = torch.rand(6, num, generator=generator)
+    specs, _ = all_specs()
+    weight = (splits(specs) < 2) * (1 + 2 * is_flat(specs)[:, 0])
+    specs, captions = draw(num, weight, generator)
+    elevation, azimuth, distance, fov, right, up = torch.rand(6, num, generator=generator)
     c2w = look_at_origin(70 * elevation - 10, 360 * azimuth)
     c2w[:, :3, 3] *= 1 + 0.25 * distance[:, None]
-    c2w[:, :3, 3] += 0.06 * ((right - 0.5)[:, None] * c2w[:, :3, 0] + (up - 0.5)[:, None] * c2w[:, :3, 1])
-    backgrounds = draw_backgrounds(num, size, generator, device)
-    rgb, _, _ = render(build(specs, device), c2w, 37 + 6 * fov, TOY_DISTANCE, size, backgrounds)
-    return rgb.permute(0, 3, 1, 2) * 2 - 1, captions
+    c2w[:, :3, 3] += (c2w[:, :3, :2] * 0.06 * torch.stack([right - 0.5, up - 0.5], 1)[:, None]).sum(2)
+    behind = draw_backgrounds(num, size, generator, device)
+    rgb, _, _ = render(build(specs, device), c2w, 37 + 6 * fov, TOY_DISTANCE, size, behind)
+    return 2 * rgb.movedim(-1, 1) - 1, captions
 
 
 def draw_backgrounds(num, size, generator=None, device="cpu"):
-    """(N, H, W, 3): a third plain; else a gradient, stripes, a checkered floor, or four blobs."""
+    """(N, H, W, 3): a sixth each of grey, plain, a gradient, stripes, a tiled floor, discs."""
     def rand(*shape):
         return torch.rand(num, *shape, 1, 1, generator=generator).to(device)
-    style, angle, scale, color = rand(), 6.28 * rand(), 4 + 8 * rand(), rand(3, 3)         # (N, 1, 1)
-    x = torch.linspace(-1, 1, size, device=device)[None, None, :]
-    y = -x.transpose(1, 2)                                                                 # up
-    across = x * torch.cos(angle) + y * torch.sin(angle)
-    below = (rand() - 0.5 - y).clamp(min=0.04)                                             # the horizon
-    floor = torch.sin(scale * (x + rand() - 0.5) / below) * torch.sin(scale / below)
+    style, angle, scale, color = 6 * rand(1), 6.28 * rand(1), 4 + 8 * rand(1), rand(3, 3)
+    x = torch.linspace(-1, 1, size, device=device).expand(1, 1, size, size)
+    y = -x.transpose(2, 3)
+    across, below = x * torch.cos(angle) + y * torch.sin(angle), (rand(1) - 0.5 - y).clamp(min=0.04)
+    tiles = torch.sin(scale * (x + rand(1) - 0.5) / below) * torch.sin(scale / below)
     centre, radius = 2 * rand(2, 4) - 1, 0.2 + 0.5 * rand(4)
-    blobs = 1 - torch.hypot(x[:, None] - centre[:, 0], y[:, None] - centre[:, 1]) / radius   # (N, 4, H, W)
-    ones = torch.ones(num, size, size, device=device)
-    masks = torch.stack([ones, across / 2.8 + 0.5, 20 * torch.sin(scale * across) + 0.5,
-                         torch.where(below > 0.04, 20 * floor + 0.5, 0.0), 20 * blobs.amax(1) + 0.5], 1)
-    kind = (6 * style - 1).clamp(0).long()[:, None].expand(-1, 1, size, size)
-    mask = masks.clamp(0, 1).gather(1, kind)
-    sky = color[:, 1] + (color[:, 2] - color[:, 1]) * (0.5 + 0.5 * y)[:, None]
-    front = torch.where(style[:, None] < 1 / 6, color[:, 0, :1], color[:, 0])                # or grey
-    return (mask * front + (1 - mask) * sky).permute(0, 2, 3, 1)
+    discs = 1 - torch.hypot(x - centre[:, 0], y - centre[:, 1]) / radius                 # (N, 4, H, W)
+    masks = [torch.ones_like(across), across / 2.8 + 0.5, 20 * torch.sin(scale * across),
+             20 * tiles * (below > 0.04), 20 * discs.amax(1, keepdim=True)]
+    which = (style - 1).clamp(min=0).long().expand(-1, 1, size, size)
+    front = torch.where(style < 1, color[:, 0, :1], color[:, 0])
+    behind = torch.lerp(color[:, 1], color[:, 2], 0.5 + 0.5 * y)
+    return torch.lerp(behind, front, torch.cat(masks, 1).clamp(0, 1).gather(1, which)).movedim(1, -1)
 
 
 def contact_sheet(path):
+    """Every category from four sides, over a caption of what it can have."""
     from PIL import Image, ImageDraw
-    torch.manual_seed(0)
-    captions = [c for name in NAMES for c in [sheet_caption(name)]]
-    rgb = toy_render(captions, orbit_cameras(4, azimuth=30))["rgb"]
-    rows = (rgb.permute(0, 2, 1, 3, 4).flatten(2, 3) * 255 + .5).byte().numpy()
-    columns = 2
-    n = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * 528, n * 146), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (row, caption) in enumerate(zip(rows, captions)):
-        x, y = i // n * 528, i % n * 146
-        sheet.paste(Image.fromarray(row), (x, y))
-        draw.text((x + 4, y + 130), caption, fill="black")
+    sheet = Image.new("RGB", (2 * 528, 148 * -(-len(NAMES) // 2)), "white")
+    for i, (name, (color, parts, _)) in enumerate(CATEGORIES.items()):
+        caption = sentence(name, color, dict(zip(parts, (HUES[3 * i % 10], HUES[(7 * i + 4) % 10]))))
+        rgb = toy_render([caption], orbit_cameras(4, azimuth=30), background=0.7)["rgb"][0]
+        row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
+        sheet.paste(row, (i % 2 * 528, i // 2 * 148))
+        ImageDraw.Draw(sheet).text((i % 2 * 528 + 4, i // 2 * 148 + 130), caption, fill="black")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     sheet.save(path)
 
 
-def sheet_caption(name):
-    i = NAMES.index(name)
-    parts = CATEGORIES[name][1]
-    hues = [(3 * i) % 10, (3 * i + 5) % 10, (3 * i + 7) % 10]
-    return format_caption((i, hues[0], *(hues[1 + j] if j < len(parts) else -1 for j in range(2))))
-
-
 if __name__ == "__main__":
-    os.makedirs("outputs", exist_ok=True)
     contact_sheet("outputs/toy_world.png")
-    print("outputs/toy_world.png")
+    print("outputs/toy_world.png: every category of the toy world")
