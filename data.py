@@ -251,10 +251,9 @@ plane white wings=grey: ball main 2 0 -6 78 20 20 | ball glass 22 0 12 24 14 12
   box wings 12 0 -10 20 84 5 | box wings -62 0 2 12 34 5 | box wings -66 0 20 12 5 20 y-20
   tube black 76 0 -6 10 10 5 y90 | box tan 80 0 -6 4 6 30 | cone ruby 82 0 -6 8 8 8 y90
   tube black 26 ±18 -38 12 12 6 x90 | box grey 26 ±18 -26 5 4 12
-rocket white fins=ruby: ball main 0 0 0 34 34 74 | cone fins 0 0 64 28 28 27
-  tube grey 0 0 -66 20 20 10 | cone amber 0 0 -82 14 14 9 x180 | tube gold 30 0 16 17 17 8 y90
-  tube glass 34 0 16 11 11 7 y90 | box black 29 0 -26 6 12 16 y10 | box fins 0 ±36 -52 6 18 20
-  box fins -36 0 -52 18 6 20
+rocket white fins=ruby: ball main 0 0 0 34 34 74 | dome fins 0 0 60 31 31 25
+  tube grey 0 0 -66 20 20 10 | tube gold 30 0 16 17 17 8 y90 | tube glass 34 0 16 11 11 7 y90
+  box black 29 0 -26 6 12 16 y10 | box fins 0 ±36 -52 6 18 20 | box fins -36 0 -52 18 6 20
 chair brown seat=cream: box seat 0 0 -14 38 37 9 | box main -33 0 30 6 37 42
   box seat -25 0 34 4 27 26 | box main 31 ±30 -48 7 7 26 | box main -31 ±30 -48 7 7 26
 lamp white shade=cream: cup shade 0 0 46 52 52 36 | tube main 0 0 -10 8 8 34
