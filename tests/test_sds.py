@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 class Schedule:
-    """Two noise levels with short roots: t = 0 is alpha .8, sigma .6; t = 1 is the other way round."""
+    """Two noise levels with short roots: t = 0 is alpha .8, sigma .6; t = 1 is the reverse."""
     alphas_cumprod = torch.tensor([0.64, 0.36], dtype=torch.float64)
 
     def predict_x0(self, x_t, t, noise):
