@@ -245,8 +245,9 @@ train green wheels=black: tube main 20 0 -6 29 29 44 y90 | box main -36 0 0 24 3
   box ruby 64 0 -42 6 26 8 | tube wheels 44 ±27 -46 16 16 8 x90 | tube wheels 6 ±27 -46 16 16 8 x90
   tube wheels -34 ±27 -46 16 16 8 x90
 boat blue sail=cream flag: dome main 0 0 -50 84 36 34 x180 | tube tan 0 0 -20 76 30 5
-  tube tan 16 0 30 5 5 56 | roof sail -17 0 32 4 30 46 z90 y18 | box white -34 0 -10 18 20 12
-  tube flag -66 0 0 4 4 26 | box flag -76 0 16 12 4 10
+  tube tan 16 0 30 5 5 56 | ball white 66 ±16 -36 8 10 11 | ball black 73 ±15 -36 4 6 7
+  roof sail -17 0 32 4 30 46 z90 y18 | box white -34 0 -10 18 20 12 | tube flag -66 0 0 4 4 26
+  box flag -76 0 16 12 4 10
 plane white wings=grey: ball main 2 0 -6 78 20 20 | ball glass 22 0 12 24 14 12
   box wings 12 0 -10 20 84 5 | box wings -62 0 2 12 34 5 | box wings -66 0 20 12 5 20 y-20
   tube black 76 0 -6 10 10 5 y90 | box tan 80 0 -6 4 6 30 | cone ruby 82 0 -6 8 8 8 y90
