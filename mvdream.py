@@ -2,18 +2,16 @@
 
 Holds CLIP's tokenizer, the OpenCLIP text encoder, the KL autoencoder, the noise schedule, two
 samplers, and MVDream, which puts them together, loads them and saves them.
-MVDream, section 3.1; Stable Diffusion 2.1 and its latent space are the base model's own.
+MVDream, section 3.1; the autoencoder and the text encoder are Stable Diffusion 2.1's.
 
     x0  a clean latent    x_t  the same, noised to step t    abar  alphas_cumprod, 1 -> 0 with t
     alpha = sqrt(abar), sigma = sqrt(1 - abar):    x_t = alpha x0 + sigma noise
-    B objects x V views = N pictures, the views of an object adjacent      f  pixels per latent cell
-    c2w  a camera as a 4x4 camera-to-world matrix in the conventions of data.py
+    B objects x V views = N pictures, the views of an object adjacent    f  pixels per latent cell
+    c2w  a camera, its 4x4 camera-to-world matrix in the conventions of data.py
 """
 
 import json
 import math
-import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,29 +19,28 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from unet import (UNet, UNetConfig, conv, fill, find_layout, named, read_config, read_tensors, take, upsample,
-                  weight_file)
+from unet import (PREFIXES, UNet, UNetConfig, conv, fill, named, read_model, schedule_tables, take,
+                  upsample)
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizer: CLIP's byte-pair encoding of lower-cased words.
+# ---- Tokenizer: CLIP's byte-pair encoding of lower-case words -----------------------------------
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-WORD = rf"{re.escape(BOS)}|{re.escape(EOS)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-def byte_pair_encoding(vocab=None, merges=None):
+def byte_pair_encoding(*vocabulary):
     """CLIP's pipeline: NFC, one space for many, lower case; words; bytes; merges inside a word."""
-    bpe = models.BPE(vocab, merges, unk_token=EOS, end_of_word_suffix="</w>")
+    bpe = models.BPE(*vocabulary, unk_token=EOS, end_of_word_suffix="</w>")
     encoding = tokenizers.Tokenizer(bpe)
     encoding.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()])
-    encoding.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(WORD), "removed", invert=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    encoding.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False)])
     return encoding
 
 
@@ -70,108 +67,87 @@ class Tokenizer:
         words = [text[a:b].strip() for piece, (a, b) in pieces if piece + "</w>" not in self.vocab]
         return list(dict.fromkeys(word for word in words if word.isalnum()))
 
-    def save(self, folder):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "vocab.json", lambda file: file.write_text(json.dumps(self.vocab, ensure_ascii=False)))
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-        write(folder / "merges.txt", lambda file: file.write_text("\n".join(lines) + "\n"))
-
 
 def read_vocabulary(folder):
-    """vocab.json and merges.txt, or the same two inside a tokenizer.json -> {token: id}, [(a, b)]."""
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    elif (folder / "tokenizer.json").is_file():
-        bpe = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    """vocab.json and merges.txt, or both in a tokenizer.json -> {token: id}, [(a, b), ...]"""
+    if (folder / "tokenizer.json").is_file():
+        bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
         vocab, merges = bpe["vocab"], bpe["merges"]
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        merges = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [pair for pair in merges if pair and not pair.startswith("#version")]
     else:
         raise FileNotFoundError(f"no tokenizer: put CLIP's vocab.json and merges.txt into {folder}")
     return vocab, [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
 
 
-def train_tokenizer(captions, folder):
-    """Learn merges until every word of the captions is one token; written in CLIP's own form, the
-    vocabulary being 256 bytes, the same 256 ending a word, one token a merge, <start> and <end>."""
-    encoding = byte_pair_encoding()
-    trainer = trainers.BpeTrainer(vocab_size=49408, min_frequency=0, end_of_word_suffix="</w>",
-                                  show_progress=False)
-    encoding.train_from_iterator(captions, trainer)
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair)
-              for pair in json.loads(encoding.to_str())["model"]["merges"]]
+def write_vocabulary(folder, vocab, merges):
+    write(Path(folder) / "vocab.json", json.dumps(vocab))
+    write(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
 
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
-    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = letters + [letter + "</w>" for letter in letters]
-    tokens += dict.fromkeys(a + b for a, b in merges)
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer.vocab = {token: i for i, token in enumerate([*tokens, BOS, EOS])}
-    tokenizer.merges = merges
-    tokenizer.save(folder)
+
+def train_tokenizer(captions, folder):
+    """Merge until every word of the captions is one token. The vocabulary in CLIP's order: 256
+    bytes, the same bytes ending a word, a token for each merge, <start>, <end>."""
+    encoding = byte_pair_encoding()
+    encoding.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=49408, min_frequency=0, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(encoding.to_str())["model"]["merges"]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # they stand for themselves
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
+    tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
+    tokens = dict.fromkeys([*tokens, BOS, EOS])
+    write_vocabulary(folder, {token: i for i, token in enumerate(tokens)}, merges)
     return Tokenizer(folder)
 
 
-def write(path, writer):
-    """Write to a temporary name, then rename: never half a file."""
+def write(path, content):
+    """Text, or a dict of tensors, to a temporary name, which is then renamed: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    writer(temporary)
-    os.replace(temporary, path)
+    if isinstance(content, str):
+        temporary.write_text(content, "utf-8")
+    else:
+        save_file(content, temporary, {"format": "pt"})
+    temporary.replace(path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Text encoder: OpenCLIP's ViT-H/14 text tower up to its penultimate block, then the final norm.
+# ---- Text encoder: OpenCLIP's ViT-H/14 text tower, its last block left out -----------------------
 
 @dataclass
 class TextConfig:
-    """`layers` counts the blocks that run: 23 of ViT-H's 24, and the last is not even built."""
     width: int = 1024
-    layers: int = 23
+    layers: int = 23                        # that run; ViT-H's 24th is not even built
     heads: int = 16
     vocab_size: int = 49408
     max_length: int = 77
-
-
-class TextAttention(nn.Module):
-    """Causal self-attention; q, k and v come from one fused matrix."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class TextBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = TextAttention(width, heads)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = named(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(),
                          c_proj=nn.Linear(4 * width, width))
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+        h = self.ln_1(x)
+        unseen = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=x.device).triu(1)
+        x = x + self.attn(h, h, h, attn_mask=unseen, is_causal=True, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class TextEncoder(nn.Module):
-    def __init__(self, config=None):
+    def __init__(self, config=TextConfig()):
         super().__init__()
-        self.config = config = config or TextConfig()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.max_length, config.width) * 0.01)
+        self.config, width = config, config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.max_length, width) * 0.01)
         self.transformer = named(resblocks=nn.Sequential(
-            *(TextBlock(config.width, config.heads) for _ in range(config.layers))))
-        self.ln_final = nn.LayerNorm(config.width)
+            *(TextBlock(width, config.heads) for _ in range(config.layers))))
+        self.ln_final = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, ids):
@@ -180,13 +156,12 @@ class TextEncoder(nn.Module):
         return self.ln_final(self.transformer(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# Autoencoder: pictures (N, 3, f h, f w) in [-1, 1] <-> latents (N, 4, h, w).
+# ---- Autoencoder: pictures (N, 3, f h, f w) in [-1, 1] <-> latents (N, 4, h, w) -----------------
 
 @dataclass
 class VAEConfig:
     ch: int = 128
-    ch_mult: tuple = (1, 2, 4, 4)
+    ch_mult: tuple = (1, 2, 4, 4)           # channels of each level; f = 2^(levels - 1)
     num_res_blocks: int = 2                 # in the encoder; the decoder has one more a level
     z_channels: int = 4
     scale_factor: float = 0.18215           # brings the latents to about unit variance
@@ -201,7 +176,7 @@ class VAEResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -218,80 +193,78 @@ class VAEAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)                     # (N, 1, h w, C)
-        return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
+        q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(y.mT.reshape(x.shape))                 # from (N, h w, C)
 
 
-def res_blocks(c_in, c_out, count):
-    return nn.Sequential(*(VAEResBlock(c_in if i == 0 else c_out, c_out) for i in range(count)))
+def level(c_in, c_out, num_blocks, **resize):
+    blocks = [VAEResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_blocks)]
+    return named(block=nn.Sequential(*blocks), **resize)
 
 
 def middle(dim):
-    return named(block_1=VAEResBlock(dim, dim), attn_1=VAEAttention(dim), block_2=VAEResBlock(dim, dim))
+    return named(block_1=VAEResBlock(dim, dim), attn_1=VAEAttention(dim),
+                 block_2=VAEResBlock(dim, dim))
 
 
-def encoder(config):
-    """Levels 0, 1, ...: `num_res_blocks` blocks each, then half the size, but for the last."""
-    widths = [config.ch * mult for mult in config.ch_mult]
-    levels = [named(block=res_blocks(c_in, c_out, config.num_res_blocks),
-                    downsample=named(pad=nn.ZeroPad2d((0, 1, 0, 1)),    # right and below, as trained
-                                     conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
-              for c_in, c_out in zip([widths[0], *widths], widths)]
-    del levels[-1].downsample
-    return named(conv_in=conv(3, widths[0]), down=nn.Sequential(*levels), mid=middle(widths[-1]),
-                 norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=conv(widths[-1], 2 * config.z_channels))
+def encoder(config, widths):
+    down = [level(c_in, c_out, config.num_res_blocks,
+                  downsample=named(pad=nn.ZeroPad2d((0, 1, 0, 1)),      # right and below alone
+                                   conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
+            for c_in, c_out in zip([widths[0], *widths], widths)]
+    del down[-1].downsample
+    return named(conv_in=conv(3, widths[0]), down=nn.Sequential(*down), mid=middle(widths[-1]),
+                 norm_out=norm(widths[-1]), silu=nn.SiLU(),
+                 conv_out=conv(widths[-1], 2 * config.z_channels))
 
 
-def decoder(config):
-    """The levels keep the encoder's numbers, so that they run from the last to level 0."""
-    widths = [config.ch * mult for mult in config.ch_mult]
-    levels = {str(i): named(block=res_blocks(c_in, c_out, config.num_res_blocks + 1), upsample=upsample(c_out))
-              for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))}
-    del levels["0"].upsample
+def decoder(config, widths):
+    """The levels keep the encoder's numbers, and so run from the last to level 0."""
+    up = {str(i): level(c_in, c_out, config.num_res_blocks + 1, upsample=upsample(c_out))
+          for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))}
+    del up["0"].upsample
     return named(conv_in=conv(config.z_channels, widths[-1]), mid=middle(widths[-1]),
-                 up=named(**dict(reversed(levels.items()))),
+                 up=named(**dict(reversed(up.items()))),
                  norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
 
 class AutoencoderKL(nn.Module):
-    def __init__(self, config=None):
+    def __init__(self, config=VAEConfig()):
         super().__init__()
-        self.config = config = config or VAEConfig()
-        z = config.z_channels
-        self.encoder, self.decoder = encoder(config), decoder(config)
+        self.config, z = config, config.z_channels
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.encoder, self.decoder = encoder(config, widths), decoder(config, widths)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, images):
-        """-> mean and log-variance of the latent's Gaussian, unscaled"""
+        """-> mean and log-variance of the latents' Gaussian, unscaled"""
         h = self.encoder(images.to(self.quant_conv.weight.dtype))
         mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.post_quant_conv(z.to(self.quant_conv.weight.dtype)))
 
 
-# ---------------------------------------------------------------------------------------------
-# The noise schedule and the samplers.
+# ---- The noise schedule and the samplers --------------------------------------------------------
 
 class Schedule(nn.Module):
-    """x_t = alpha x0 + sigma noise over 1000 steps; the network predicts the noise ("epsilon") or
+    """x_t = alpha x0 + sigma noise, t = 0 ... 999; the network predicts the noise ("epsilon") or
     v = alpha noise - sigma x0 ("v")."""
 
     def __init__(self, prediction="epsilon"):
         super().__init__()
         self.prediction = prediction
-        betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-        abar = (1 - betas).cumprod(0).float()
-        self.register_buffer("alphas_cumprod", abar, persistent=False)
+        beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+        self.register_buffer("alphas_cumprod", (1 - beta).cumprod(0).float(), persistent=False)
 
     def _apply(self, fn, recurse=True):             # follows the model's device, but stays float32
         self.alphas_cumprod = self.alphas_cumprod.to(fn(self.alphas_cumprod).device)
         return self
 
     def alpha_sigma(self, t):
-        abar = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0, t, noise):
@@ -314,12 +287,11 @@ class Schedule(nn.Module):
 
 
 def ddim(denoise, x, abar, steps, eta=0.0, randn=None):
-    """DDIM: jump to the predicted x0, then back to the noise level before; yields x after each step.
-    denoise(x, t) -> x0. The released code's steps: 1, 1 + 1000/S, ...; the last goes to abar[0]."""
+    """DDIM: to the predicted x0, and back to the noise level before; yields x after each step.
+    denoise(x, t) -> x0. The released code's times: 1, 1 + 1000/S, ...; the last goes to abar[0]."""
     times = list(range(1, 1000, 1000 // steps))
     for t, t_next in zip(times[::-1], [*times[-2::-1], 0]):
-        a, a_next = abar[t], abar[t_next]
-        x0 = denoise(x, t)
+        a, a_next, x0 = abar[t], abar[t_next], denoise(x, t)
         noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5
         s = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
         x = a_next ** 0.5 * x0 + (1 - a_next - s ** 2) ** 0.5 * noise
@@ -334,24 +306,23 @@ def dpm_solver(denoise, x, abar, steps):
     lam = [0.5 * math.log(abar[t] / (1 - abar[t])) for t in times]
     before = None
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        x0 = denoise(x, t)
-        h = lam[i + 1] - lam[i]
-        first_order = i == 0 or (i == steps - 1 and steps < 15)
+        x0, h = denoise(x, t), lam[i + 1] - lam[i]
+        first_order = i == 0 or i == steps - 1 < 14     # the last of few steps is a long one
         ahead = x0 if first_order else x0 + (x0 - before) * h / (2 * (lam[i] - lam[i - 1]))
-        a, a_next = abar[t], abar[t_next]
-        x = ((1 - a_next) / (1 - a)) ** 0.5 * x - a_next ** 0.5 * math.expm1(-h) * ahead
+        spread = ((1 - abar[t_next]) / (1 - abar[t])) ** 0.5
+        x = spread * x - abar[t_next] ** 0.5 * math.expm1(-h) * ahead
         before = x0
         yield x
 
 
+# ---- The model ----------------------------------------------------------------------------------
+
 def camera_condition(c2w):
     """(N, 4, 4) -> (N, 16): the translation brought to length 1, then row by row."""
-    translation = F.normalize(c2w[..., :3, 3:], dim=-2)
-    top = torch.cat([c2w[..., :3, :3], translation], dim=-1)
-    return torch.cat([top, c2w[..., 3:, :]], dim=-2).flatten(-2)
+    scale = torch.ones_like(c2w)
+    scale[..., :3, 3:] = 1 / c2w[..., :3, 3:].norm(dim=-2, keepdim=True).clamp(min=1e-8)
+    return (c2w * scale).flatten(-2)
 
-
-# ---------------------------------------------------------------------------------------------
 
 class MVDream(nn.Module):
     def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size):
@@ -362,91 +333,48 @@ class MVDream(nn.Module):
     @classmethod
     def from_config(cls, config, tokenizer):
         """Random weights; `config` as config.json holds it, what is left out being full size."""
-        unet = UNet(UNetConfig(**config.get("unet", {})))
-        vae = AutoencoderKL(VAEConfig(**config.get("vae", {})))
-        text_encoder = TextEncoder(TextConfig(**config.get("text", {})))
-        schedule = Schedule(config.get("prediction", "epsilon"))
-        return cls(unet, vae, text_encoder, tokenizer, schedule, config.get("image_size", 256))
+        return cls(UNet(UNetConfig(**config.get("unet", {}))),
+                   AutoencoderKL(VAEConfig(**config.get("vae", {}))),
+                   TextEncoder(TextConfig(**config.get("text", {}))), tokenizer,
+                   Schedule(config.get("prediction", "epsilon")), config.get("image_size", 256))
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
-        """Any of the four weight layouts (unet.LAYOUTS), told apart by what is found; frozen."""
-        layout, place = find_layout(path)
-        if place.is_dir():
-            return cls.from_hugging_face(place, device, dtype)
-        config, tensors = read_config(place), read_tensors(place)
-        stray = [key for key in tensors if not key.startswith((*PREFIXES.values(), "model_ema."))
-                 and key not in schedule_buffers()]
-        if stray:
-            raise ValueError(f"{path}, read as {layout}: {len(stray)} unexpected keys, first {stray[0]}")
-        parts = {"vae": take(tensors, PREFIXES["vae"]), "text": take(tensors, PREFIXES["text_encoder"])}
-        text_config = TextConfig(**config.get("text", {}))
-        unused = (f"transformer.resblocks.{text_config.layers}.", "text_projection", "logit_scale")
-        parts["text"] = {k: v for k, v in parts["text"].items() if not k.startswith(unused)}
-
-        tokenizer = Tokenizer(place.parent / "tokenizer", text_config.max_length)
-        unet = UNet.load(path, device, dtype)
+        """Any of the four weight layouts, told apart by what is found; frozen, for inference."""
+        source, config, tensors = read_model(path)
         with torch.device("meta"):
-            vae, text_encoder = AutoencoderKL(VAEConfig(**config.get("vae", {}))), TextEncoder(text_config)
-        fill(vae, parts["vae"], f"{path}, read as {layout}, VAE", device, dtype)
-        fill(text_encoder, parts["text"], f"{path}, read as {layout}, text encoder", device, dtype)
-        v = "768" in place.name                     # what tells v2-1_768-ema-pruned from v2-1_512
-        schedule = Schedule(config.get("prediction", "v" if v else "epsilon")).to(device)
-        multi_view = any("camera_embed" in key for key in tensors)
-        size = config.get("image_size", 256 if multi_view else 768 if v else 512)
-        return cls(unet, vae, text_encoder, tokenizer, schedule, size).eval()
-
-    @classmethod
-    def from_hugging_face(cls, folder, device, dtype):
-        lacking = [f"{part}/" for part in ("unet", "vae", "text_encoder", "tokenizer")
-                   if not (folder / part).is_dir()]
-        if lacking:
-            raise FileNotFoundError(f"{folder}, read as a Hugging Face folder, lacks {', '.join(lacking)}")
-        files = {part: weight_file(folder / part) for part in ("unet", "vae", "text_encoder")}
-        configs = {part: read_config(file) for part, file in files.items()}
-        vae_config, text_config = hugging_face_configs(configs["vae"], configs["text_encoder"])
-        with torch.device("meta"):
-            vae, text_encoder = AutoencoderKL(vae_config), TextEncoder(text_config)
-        source = f"{folder}, read as a Hugging Face folder"
-        tensors = {ldm_vae_key(k, vae_config): v for k, v in read_tensors(files["vae"]).items()}
-        fill(vae, tensors, f"{source}, VAE", device, dtype)
-        tensors = ldm_text_tensors(read_tensors(files["text_encoder"]))
-        fill(text_encoder, tensors, f"{source}, text encoder", device, dtype)
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        v = scheduler.is_file() and json.loads(scheduler.read_text()).get("prediction_type") == "v_prediction"
-        size = configs["unet"].get("sample_size", 64) * 2 ** (len(vae_config.ch_mult) - 1)
-        return cls(UNet.load(folder, device, dtype), vae, text_encoder,
-                   Tokenizer(folder / "tokenizer", text_config.max_length),
-                   Schedule("v" if v else "epsilon").to(device), size).eval()
+            vae = AutoencoderKL(VAEConfig(**config["vae"]))
+            text = TextEncoder(TextConfig(**config["text"]))
+        for part, module in ("vae", vae), ("text_encoder", text):
+            fill(module, take(tensors, PREFIXES[part]), f"{source}, {part}", device, dtype)
+        unet = UNet.fill(source, config, tensors, device, dtype)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
+        schedule = Schedule(config["prediction"]).to(device)
+        return cls(unet, vae, text, tokenizer, schedule, config["image_size"]).eval()
 
     def save_pretrained(self, path):
-        """model.safetensors with the keys and shapes of the released MVDream, config.json, tokenizer/.
-        What MVDream's strict loading wants and nothing reads (the text tower's last block, CLIP's
-        projection) is written as zeros; the schedule's twelve buffers as they are."""
-        folder = Path(path)
-        self.tokenizer.save(folder / "tokenizer")
+        """config.json, tokenizer/ and model.safetensors with the keys and shapes of the released
+        MVDream. What its strict loading wants and nothing reads, the text tower's last block and
+        CLIP's projection, is written as zeros; the schedule's twelve tables as they are."""
         tensors = {PREFIXES[part] + key: tensor.detach().contiguous() for part in PREFIXES
                    for key, tensor in getattr(self, part).state_dict().items()}
-        text, width = PREFIXES["text_encoder"], self.text_encoder.config.width
-        first, last = (f"{text}transformer.resblocks.{i}." for i in (0, self.text_encoder.config.layers))
-        tensors |= {last + key.removeprefix(first): torch.zeros_like(tensor)
-                    for key, tensor in tensors.items() if key.startswith(first)}
-        zeros = tensors[f"{text}ln_final.weight"].new_zeros(width, width)
-        tensors |= {f"{text}text_projection": zeros, f"{text}logit_scale": zeros[0, 0].clone()}
-        tensors |= schedule_buffers()
+        text, prefix = self.text_encoder.config, PREFIXES["text_encoder"]
+        block = f"{prefix}transformer.resblocks."
+        tensors |= {f"{block}{text.layers}.{key}": torch.zeros_like(tensor)
+                    for key, tensor in take(tensors, f"{block}0.").items()}
+        zeros = tensors[f"{prefix}ln_final.weight"].new_zeros(text.width, text.width)
+        tensors |= {f"{prefix}text_projection": zeros, f"{prefix}logit_scale": zeros[0, 0].clone()}
+        tensors |= schedule_tables(self.schedule.alphas_cumprod)
         config = {"unet": asdict(self.unet.config), "vae": asdict(self.vae.config),
-                  "text": asdict(self.text_encoder.config), "image_size": self.image_size,
+                  "text": asdict(text), "image_size": self.image_size,
                   "prediction": self.schedule.prediction}
-        write(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1) + "\n"))
-        write(folder / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+        write_vocabulary(Path(path) / "tokenizer", self.tokenizer.vocab, self.tokenizer.merges)
+        write(Path(path) / "config.json", json.dumps(config, indent=1))
+        write(Path(path) / "model.safetensors", tensors)
 
-    @property
-    def device(self):
-        return self.vae.quant_conv.weight.device
-
-    @property
-    def latent_size(self):
-        return self.image_size // 2 ** (len(self.vae.config.ch_mult) - 1)
+    device = property(lambda self: next(self.parameters()).device)
+    latent_size = property(lambda self: self.image_size // 2 ** (len(self.vae.config.ch_mult) - 1))
 
     def tokenize(self, prompts):
         return self.tokenizer(prompts)
@@ -456,7 +384,7 @@ class MVDream(nn.Module):
 
     def encode_images(self, images, sample=False):
         """images (N, 3, H, W) in [-1, 1] -> scaled latents, the mean or a sample; differentiable"""
-        mean, logvar = (x.float() for x in self.vae.encode(images))
+        mean, logvar = (y.float() for y in self.vae.encode(images))
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
         return z * self.vae.config.scale_factor
 
@@ -465,138 +393,107 @@ class MVDream(nn.Module):
 
     def predict_noise(self, x_t, t, context, c2w=None, num_views=1):
         """x_t (N, 4, h, w), t a number or (N,), context (N, 77, C) or unet.project_context's list,
-        c2w (N, 4, 4) or None -> noise (N, 4, h, w) float32, whatever the network predicts."""
+        c2w (N, 4, 4) or None -> noise (N, 4, h, w) float32, whatever the network predicts"""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         camera = None if c2w is None else camera_condition(c2w)
         output = self.unet(x_t, t, context, camera, num_views).float()
         return self.schedule.noise_of(output, x_t, t)
 
-    def sample(self, prompts, cameras=None, *, negative_prompt="", steps=50, guidance_scale=7.5,
-               rescale=0.0, size=None, seed=0, latents=None, decode=True, eta=0.0, sampler="ddim"):
-        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents (B, V, 4, h, w) with decode=False."""
-        for x in self.sample_steps(prompts, cameras, negative_prompt=negative_prompt, steps=steps,
-                                   guidance_scale=guidance_scale, rescale=rescale, size=size, seed=seed,
-                                   latents=latents, eta=eta, sampler=sampler):
+    @torch.no_grad()
+    def sample(self, prompts, cameras=None, *, decode=True, **options):
+        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents (B, V, 4, h, w) with decode=False;
+        the options are those of `sample_steps`."""
+        for x in self.sample_steps(prompts, cameras, **options):
             pass
-        with torch.no_grad():
-            return self.decode_latents(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if decode else x
+        return self.decode_latents(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if decode else x
 
     @torch.no_grad()
-    def sample_steps(self, prompts, cameras=None, *, negative_prompt="", steps=50, guidance_scale=7.5,
-                     rescale=0.0, size=None, seed=0, latents=None, eta=0.0, sampler="ddim"):
-        """Yields the latents (B, V, 4, h, w) after each step.
-        cameras          (V, 4, 4), or (B, V, 4, 4), or None for 2D mode, V = 1
-        negative_prompt  what to keep away from, one for all
-        rescale          0 to 1: how far the guided x0 is brought to the spread of the unguided one
-        size             of the pictures, in pixels; None is the model's own
-        seed             the b-th prompt starts from the noise of seed + b, whatever the batch
-        latents          (B, V, 4, h, w): noise to start from instead
-        eta              DDIM's fresh noise: 0 none, 1 as much as DDPM
-        sampler          "ddim", or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
-        """
-        if not 1 <= steps <= 999:
-            raise ValueError(f"steps must be from 1 to 999, got {steps}")
-        B, V = len(prompts), 1 if cameras is None else cameras.shape[-3]
+    def sample_steps(
+            self, prompts,
+            cameras=None,           # (V, 4, 4) or (B, V, 4, 4); None = 2D mode, V = 1
+            *, negative_prompt="",  # what to keep away from, the same for all
+            steps=50,
+            guidance_scale=7.5,     # 1 = none, at half the cost
+            rescale=0.0,            # 0 to 1: how far the guided x0 gets the spread of the unguided
+            size=None,              # of the pictures, in pixels; None = the model's own
+            seed=0,                 # prompt b starts from the noise of seed + b in any batch
+            latents=None,           # (B, V, 4, h, w): noise to start from instead
+            eta=0.0,                # DDIM's fresh noise: 0 = none, 1 = as much as DDPM
+            sampler="ddim"):        # or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
+        """Yields the latents (B, V, 4, h, w) after each step."""
+        B, V, device = len(prompts), 1 if cameras is None else cameras.shape[-3], self.device
         size, f = size or self.image_size, self.image_size // self.latent_size
+        cell = f * 2 ** (len(self.unet.config.channel_mult) - 1)
+        if not 1 <= steps <= 999 or size % cell:
+            raise ValueError(f"got {steps} steps, wanted are 1 to 999, or size {size}, wanted is a "
+                             f"multiple of {cell}")
         shape = (V, self.vae.config.z_channels, size // f, size // f)
         generators = [torch.Generator().manual_seed(seed + b) for b in range(B)]
 
         def randn():                                # on the CPU: the same on every device
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        # Guidance doubles the batch: the first half is unconditional, the second has the prompt.
-        guided = guidance_scale != 1
-        context = self.encode_text([negative_prompt] * B * guided + list(prompts))
+        # Guidance doubles the batch: the first half has the negative prompt, the second the prompt.
+        halves = 1 if guidance_scale == 1 else 2
+        context = self.encode_text([negative_prompt] * (B * (halves - 1)) + list(prompts))
         context = self.unet.project_context(context.repeat_interleave(V, dim=0))
         c2w = None
         if cameras is not None:
-            c2w = cameras.to(self.device, torch.float32).expand(B, V, 4, 4).flatten(0, 1).repeat(1 + guided, 1, 1)
+            c2w = cameras.to(device).expand(halves, B, V, 4, 4).reshape(-1, 4, 4)
 
         def denoise(x, t):
             x_t = x.flatten(0, 1)
-            t = torch.full((len(x_t) * (1 + guided),), t, device=self.device)
-            noise = self.predict_noise(x_t.repeat(1 + guided, 1, 1, 1), t, context, c2w, V)
-            noise_text = noise[-len(x_t):]
-            if guided:
-                noise = noise[:len(x_t)] + guidance_scale * (noise_text - noise[:len(x_t)])
-            x0 = self.schedule.predict_x0(x_t, t[:len(x_t)], noise).unflatten(0, (B, V))
-            if rescale > 0:                         # spreads are those of a whole set of views
-                x0_text = self.schedule.predict_x0(x_t, t[:len(x_t)], noise_text).unflatten(0, (B, V))
-                ratio = x0_text.flatten(1).std(1) / x0.flatten(1).std(1)
-                x0 = x0 * (rescale * ratio + 1 - rescale).view(-1, 1, 1, 1, 1)
-            return x0
+            t = torch.full((halves * B * V,), t, device=device)
+            noise = self.predict_noise(x_t.repeat(halves, 1, 1, 1), t, context, c2w, V)
+            noise, noise_text = noise[:B * V], noise[-B * V:]
+            guided = noise + guidance_scale * (noise_text - noise) if halves == 2 else noise
+            x0 = self.schedule.predict_x0(x_t, t[:1], guided).unflatten(0, (B, V))
+            x0_text = self.schedule.predict_x0(x_t, t[:1], noise_text).view(B, -1)
+            ratio = x0_text.std(1) / x0.flatten(1).std(1)       # the spreads of whole sets of views
+            return x0 * (rescale * ratio + 1 - rescale).view(B, 1, 1, 1, 1) if rescale > 0 else x0
 
-        x = randn() if latents is None else latents.to(self.device, torch.float32)
-        abar = self.schedule.alphas_cumprod.tolist()
-        if sampler == "dpm":
-            yield from dpm_solver(denoise, x, abar, steps)
-        else:
-            yield from ddim(denoise, x, abar, steps, eta, randn)
+        x = randn() if latents is None else latents.to(device, torch.float32)
+        start = denoise, x, self.schedule.alphas_cumprod.tolist(), steps
+        yield from dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
 
-
-# ---------------------------------------------------------------------------------------------
-# Names in the weight files.
-
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.model."}
-
-
-def schedule_buffers():
-    """The twelve tables that the original code keeps in its checkpoints; all follow from abar."""
-    abar = Schedule().alphas_cumprod.double()
-    before = torch.cat([abar.new_ones(1), abar[:-1]])
-    betas = 1 - abar / before
-    variance = betas * (1 - before) / (1 - abar)
-    tables = {
-        "betas": betas, "alphas_cumprod": abar, "alphas_cumprod_prev": before,
-        "sqrt_alphas_cumprod": abar.sqrt(), "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - abar).log(), "sqrt_recip_alphas_cumprod": abar.rsqrt(),
-        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(), "posterior_variance": variance,
-        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": betas * before.sqrt() / (1 - abar),
-        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - abar)}
-    return {name: table.float() for name, table in tables.items()}
+    def accelerate(self, compile=None):
+        """In place, for inference: half precision, channels last and, on a GPU, CUDA graphs.
+        compile  also torch.compile, of this mode: minutes of preparation, then the fastest steps"""
+        self.eval().requires_grad_(False)
+        fast = self.unet.forward, self.vae.encode, self.vae.decode
+        if self.device.type == "cuda":              # bfloat16 where gradients flow: no underflow
+            self.unet.half(), self.text_encoder.half(), self.vae.bfloat16()
+        elif getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+            self.unet.bfloat16(), self.vae.bfloat16()
+        self.to(memory_format=torch.channels_last)
+        if compile is not None:
+            fast = [torch.compile(function, mode=compile, dynamic=False) for function in fast]
+        if self.device.type == "cuda":
+            fast = [Graphs(function) for function in fast]
+        else:                                       # group norm is slow backward in channels last
+            self.vae.encoder.to(memory_format=torch.contiguous_format)
+        self.unet.forward, self.vae.encode, self.vae.decode = fast
+        return self
 
 
-def hugging_face_configs(vae, text):
-    widths = vae["block_out_channels"]
-    return (VAEConfig(widths[0], tuple(width // widths[0] for width in widths), vae["layers_per_block"],
-                      vae["latent_channels"], vae.get("scaling_factor", 0.18215)),
-            TextConfig(text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
-                       text["vocab_size"], text["max_position_embeddings"]))
+class Graphs:
+    """A function recorded as a CUDA graph, forward and backward, for each set of shapes that its
+    arguments come in, and then replayed. What it returns holds until the next call."""
 
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
 
-VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
-             "mid_block.attentions.0": "mid.attn_1", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
-             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-             "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}     # as older files say
+    def __call__(self, *args):
+        leaves, tree = tree_flatten(args)
+        tensors = tuple(x for x in leaves if torch.is_tensor(x))
+        key = torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad)
+                                         if torch.is_tensor(x) else x for x in leaves)
+        if key not in self.recorded:
+            def function(*inputs):
+                rest = iter(inputs)
+                filled = [next(rest) if torch.is_tensor(x) else x for x in leaves]
+                return self.function(*tree_unflatten(filled, tree))
 
-
-def ldm_vae_key(key, config):
-    last = len(config.ch_mult) - 1
-    key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
-    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{last - int(m[1])}.block", key)
-    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", key)
-    for theirs, ours in VAE_NAMES.items():
-        key = re.sub(rf"\.{re.escape(theirs)}\.", f".{ours}.", key)
-    return key
-
-
-TEXT_NAMES = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-              "text_model.embeddings.position_embedding.weight": "positional_embedding",
-              "text_model.final_layer_norm": "ln_final", "text_model.encoder.layers": "transformer.resblocks",
-              "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-
-
-def ldm_text_tensors(tensors):
-    """Hugging Face's text encoder under OpenCLIP's names, its q, k and v fused into one matrix."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        for theirs, ours in TEXT_NAMES.items():
-            key = key.replace(theirs, ours)
-        renamed[key] = tensor
-    renamed.pop("text_model.embeddings.position_ids", None)
-    for key in [key for key in renamed if ".q_proj." in key]:
-        q, k, v = (renamed.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv")
-        renamed[key.replace(".q_proj.", ".in_proj_")] = torch.cat([q, k, v])
-    return renamed
+            inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
+            self.recorded[key] = torch.cuda.make_graphed_callables(function, inputs)
+        return self.recorded[key](*tensors)

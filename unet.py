@@ -7,7 +7,7 @@ each view's camera goes through a two-layer MLP that is added to the time embedd
 num_views=1 and camera=None this is exactly the 2D network, which is what joint training uses.
 
 Modules carry the names of the original (LDM) checkpoint, so that loading one is one strict call;
-Hugging Face's names are translated by `ldm_key`.
+Hugging Face's names, the other models' as well, are translated by a table at the end.
 
     N  pictures = B objects x V views, view-fastest      h, w  latent height, width
     C  channels       L = h*w tokens of one picture      M     text tokens (77)
@@ -15,7 +15,6 @@ Hugging Face's names are translated by `ldm_key`.
 
 import json
 import math
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +68,6 @@ def mlp(dim_in, dim_hidden, dim_out):
     return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.SiLU(), nn.Linear(dim_hidden, dim_out))
 
 
-def downsample(dim):
-    return named(op=conv(dim, dim, stride=2))
-
-
 def upsample(dim):
     return named(twice=nn.Upsample(scale_factor=2, mode="nearest"), conv=conv(dim, dim))
 
@@ -81,7 +76,8 @@ def camera_mlp(config):
     """16 numbers -> the width of the time embedding (or of a text token); of zero effect at first,
     so that a 2D checkpoint keeps giving what it gave."""
     width = 4 * config.model_channels
-    camera_embed = mlp(config.camera_dim, width, config.context_dim if config.camera == "text" else width)
+    dim_out = config.context_dim if config.camera == "text" else width
+    camera_embed = mlp(config.camera_dim, width, dim_out)
     zero(camera_embed[2])
     return camera_embed
 
@@ -95,7 +91,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(),
                                         zero(conv(c_out, c_out)))
-        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb):
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -146,7 +142,7 @@ class TransformerBlock(nn.Module):
         self.ff = named(net=nn.Sequential(
             GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        if attention in ("temporal", "new3d"):      # ablations: a new layer, of zero effect at first
+        if attention in ("temporal", "new3d"):      # ablations: one more layer, zero at first
             self.norm4, self.attn3 = nn.LayerNorm(dim), Attention(dim, dim, heads)
             zero(self.attn3.to_out)
 
@@ -194,9 +190,9 @@ class UNet(nn.Module):
         3         1280      4   D, R, R             R, T, R        R, R, RU
     """
 
-    def __init__(self, config=None):
+    def __init__(self, config=UNetConfig()):
         super().__init__()
-        self.config = config = config or UNetConfig()
+        self.config = config
         widths = [config.model_channels * mult for mult in config.channel_mult]
         width, emb_dim = widths[0], 4 * config.model_channels
         self.time_embed = mlp(config.model_channels, emb_dim, emb_dim)
@@ -213,14 +209,15 @@ class UNet(nn.Module):
         skips = [width]                             # channels that each input block hands across
         for level, c_out in enumerate(widths):
             if level > 0:
-                self.input_blocks.append(nn.ModuleList([downsample(width)]))
+                self.input_blocks.append(nn.ModuleList([named(op=conv(width, width, stride=2))]))
                 skips.append(width)
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(layers(width, c_out, level))
                 width = c_out
                 skips.append(width)
 
-        self.middle_block = nn.ModuleList([ResBlock(width, width, emb_dim), SpatialTransformer(width, config),
+        self.middle_block = nn.ModuleList([ResBlock(width, width, emb_dim),
+                                           SpatialTransformer(width, config),
                                            ResBlock(width, width, emb_dim)])
 
         self.output_blocks = nn.ModuleList()
@@ -238,19 +235,17 @@ class UNet(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From any of the four weight layouts; frozen, for inference."""
-        layout, place = find_layout(path)
-        if place.is_dir():
-            file = weight_file(place / "unet")
-            tensors, config = read_tensors(file), hugging_face_config(read_config(file))
-            tensors = {ldm_key(key, config): tensor for key, tensor in tensors.items()}
-        else:
-            tensors, config = read_tensors(place), UNetConfig(**read_config(place).get("unet", {}))
-            tensors = take(tensors, "model.diffusion_model.")
+        return cls.fill(*read_model(path, ["unet"]), device, dtype)
+
+    @classmethod
+    def fill(cls, source, config, tensors, device, dtype):
+        config, tensors = UNetConfig(**config["unet"]), take(tensors, PREFIXES["unet"])
+        if config.camera == "time" and "camera_embed.0.weight" not in tensors:  # a 2D checkpoint
+            new = camera_mlp(config).state_dict()
+            tensors.update({f"camera_embed.{key}": tensor for key, tensor in new.items()})
         with torch.device("meta"):
             unet = cls(config)
-        if config.camera == "time" and not any(key.startswith("camera_embed.") for key in tensors):
-            tensors |= {f"camera_embed.{k}": v for k, v in camera_mlp(config).state_dict().items()}
-        return fill(unet, tensors, f"{path}, read as {layout}, UNet", device, dtype)
+        return fill(unet, tensors, f"{source}, unet", device, dtype)
 
     def project_context(self, context):
         """The text's keys and values in every layer: they do not change from step to step, so a
@@ -261,7 +256,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, context, camera=None, num_views=1):
         """x (N, 4, h, w), t (N,), context (N, M, C) or project_context's list, camera (N, 16)
-        -> noise (N, 4, h, w). The N pictures are sets of `num_views`, the views of a set adjacent."""
+        -> noise (N, 4, h, w). Of the N pictures, each `num_views` in a row are one set."""
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if camera is not None and self.config.camera == "time":
@@ -293,39 +288,43 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Loading. Files are mapped, not read: a tensor costs memory when it is converted, and nothing when
-# it is already what is wanted, so that no weight is ever held twice.
+# Loading. Files are mapped, not read: a tensor costs memory when it is converted, and none when it
+# is already what is wanted, so that no weight is ever held twice.
 
-LAYOUTS = """a folder with unet/, vae/, text_encoder/ and tokenizer/, a folder written by
-save_pretrained, a single .safetensors of Stable Diffusion 2.1, or MVDream's .pt""".replace("\n", " ")
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
+            "text_encoder": "cond_stage_model.model."}      # of the parts in an LDM file
 
 
-def find_layout(path):
-    """-> the layout in words, and the folder (Hugging Face's layout alone) or file of the weights"""
+def read_model(path, parts=PREFIXES):
+    """Any of the four layouts, told apart by what is found -> the source in words, the config in
+    our form, {name in an LDM file: tensor}; of Hugging Face's folder only `parts` are read."""
     path = Path(path)
-    if path.is_file():
-        if "unet" in read_config(path):
-            return "a file of save_pretrained", path
-        return ("MVDream's .pt" if is_torch_zip(path) else "a single LDM file"), path
-    if any((path / part).is_dir() for part in ("unet", "vae", "text_encoder")):
-        return "a Hugging Face folder", path
-    if (path / "model.safetensors").is_file():
-        return "a folder of save_pretrained", path / "model.safetensors"
-    raise FileNotFoundError(f"{path}: no model there; wanted is {LAYOUTS}")
+    if any((path / part).is_dir() for part in PREFIXES):
+        return read_hugging_face(path, parts)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: no model there; wanted is a folder with unet/, vae/, text_encoder/ and "
+            "tokenizer/, a folder of save_pretrained, a .safetensors of SD 2.1, or MVDream's .pt")
+    tensors, saved = read_tensors(file), read_json(file.with_name("config.json"))
+    multi_view = any("camera_embed" in key for key in tensors)
+    v = "768" in file.name                          # all that tells v2-1_768 from v2-1_512
+    config = {"unet": {}, "vae": {}, "text": {}, "prediction": "v" if v else "epsilon",
+              "image_size": 256 if multi_view else 768 if v else 512} | saved
+
+    text, layers = PREFIXES["text_encoder"], config["text"].get("layers", 23)
+    unread = ("model_ema.", f"{text}transformer.resblocks.{layers}.", f"{text}text_projection",
+              f"{text}logit_scale")                 # and the schedule's tables, which have no dot
+    tensors = {k: x for k, x in tensors.items() if "." in k and not k.startswith(unread)}
+    stray = [key for key in tensors if not key.startswith(tuple(PREFIXES.values()))]
+    if stray:
+        raise ValueError(f"{path}: no model of ours; unexpected weights, first {stray[:3]}")
+    layout = "MVDream's .pt" if is_torch_zip(file) else "a single LDM file"
+    return f"{path}, read as {'our own layout' if saved else layout}", config, tensors
 
 
-def read_config(file):
-    """The config.json beside a weight file, or {}: full size."""
-    config = file.with_name("config.json")
-    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-
-
-def weight_file(folder):
-    """The safetensors of a Hugging Face sub-folder; of variants (.fp16) the plain one."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no .safetensors file there; the Hugging Face layout wants one")
-    return files[0]
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def is_torch_zip(file):
@@ -337,20 +336,20 @@ def read_tensors(file):
     """A .safetensors, or a .pt that holds tensors and nothing else -> {name: tensor}, mapped"""
     try:
         if is_torch_zip(file):
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            tensors = tensors.get("state_dict", tensors)
-            tensors = {key: tensor for key, tensor in tensors.items() if torch.is_tensor(tensor)}
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            loaded = loaded.get("state_dict", loaded)
+            tensors = {key: value for key, value in loaded.items() if torch.is_tensor(value)}
         else:
             with safe_open(file, framework="pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file}: cut short, or no safetensors file ({error}); download it again") from error
-    except Exception as error:      # torch.load fails in many ways, with no class of their own
-        raise ValueError(f"{file}: cut short, or holds objects other than tensors, which were not "
-                         "loaded because loading could run code; wanted is a file of tensors") from error
+        raise ValueError(f"{file}: cut short, or not safetensors at all ({error})") from error
+    except Exception as error:                      # torch.load has no class for its own
+        raise ValueError(f"{file}: cut short, or it holds Python objects, which were not loaded "
+                         "because loading can run code; wanted is a file of tensors") from error
     if any("lora" in key.lower() for key in tensors):
-        raise ValueError(f"{file}: a LoRA, only changes to a model; merge it and give the whole model")
-    if any(key.startswith(("conditioner.", "add_embedding.")) or ".label_emb." in key for key in tensors):
+        raise ValueError(f"{file}: a LoRA, only changes to a model; merge it, give the whole model")
+    if any(key.startswith(("conditioner.", "add_embedding.")) for key in tensors):
         raise ValueError(f"{file}: an SDXL checkpoint; wanted is Stable Diffusion 2.1 or MVDream")
     return tensors
 
@@ -359,56 +358,141 @@ def take(tensors, prefix):
     return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
 
+def schedule_tables(alphas_cumprod):
+    """The twelve tables that the original code keeps in its checkpoints; nothing reads them."""
+    abar = alphas_cumprod.double().cpu()
+    prev = torch.cat([abar.new_ones(1), abar[:-1]])
+    beta = 1 - abar / prev
+    variance = beta * (1 - prev) / (1 - abar)
+    tables = {
+        "betas": beta, "alphas_cumprod": abar, "alphas_cumprod_prev": prev,
+        "sqrt_alphas_cumprod": abar.sqrt(), "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(), "posterior_variance": variance,
+        "sqrt_recip_alphas_cumprod": abar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": beta * prev.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - prev) * (1 - beta).sqrt() / (1 - abar)}
+    return {name: table.float() for name, table in tables.items()}
+
+
 def fill(module, tensors, source, device, dtype):
-    """Make `tensors` the weights of `module`, built on the meta device; strict."""
+    """Make `tensors` the weights of `module`, which was built on the meta device; strict."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    for key in wanted.keys() & tensors.keys():
+    for key in wanted.keys() & tensors.keys():      # a 1x1 convolution may be stored as a matrix
         if [n for n in tensors[key].shape if n > 1] == [n for n in wanted[key] if n > 1]:
-            tensors[key] = tensors[key].reshape(wanted[key])    # a 1x1 convolution or a matrix
-    faults = {"missing": [key for key in wanted if key not in tensors],
-              "unexpected": [key for key in tensors if key not in wanted],
-              "misshapen": [f"{key} {tuple(tensors[key].shape)} in place of {wanted[key]}" for key in wanted
-                            if key in tensors and tuple(tensors[key].shape) != wanted[key]]}
+            tensors[key] = tensors[key].reshape(wanted[key])
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    faults = {"missing": [key for key in wanted if key not in found],
+              "unexpected": [key for key in found if key not in wanted],
+              "misshapen": [f"{key} {found[key]} in place of {wanted[key]}" for key in wanted
+                            if key in found and found[key] != wanted[key]]}
     if any(faults.values()):
         raise ValueError(f"{source}: the weights do not fit: " + "; ".join(
-            f"{len(keys)} {fault}, first {', '.join(keys[:3])}" for fault, keys in faults.items() if keys))
+            f"{len(keys)} {fault}, first {', '.join(keys[:3])}"
+            for fault, keys in faults.items() if keys))
     module.load_state_dict({key: tensors[key].to(device, dtype) for key in wanted}, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def hugging_face_config(config):
-    widths, heads = config["block_out_channels"], config["attention_head_dim"]    # heads: misnamed
-    head_dims = {width // n for width, n in zip(widths, heads)} if isinstance(heads, list) else {None}
-    return UNetConfig(
-        config["in_channels"], config["out_channels"], widths[0], tuple(w // widths[0] for w in widths),
-        config["layers_per_block"],
-        tuple(i for i, kind in enumerate(config["down_block_types"]) if kind.startswith("CrossAttn")),
-        head_dims.pop() or 64, config["cross_attention_dim"])
+# ---------------------------------------------------------------------------------------------
+# Hugging Face's layout, translated into the original's names.
+
+def read_hugging_face(folder, parts):
+    lacking = [f"{part}/" for part in parts if not list((folder / part).glob("*.safetensors"))]
+    if lacking:
+        raise FileNotFoundError(f"{folder}: a Hugging Face folder that lacks {', '.join(lacking)} "
+                                "with a .safetensors file in it; fetch the whole model")
+    files = {part: min((folder / part).glob("*.safetensors"), key=lambda file: len(file.name))
+             for part in parts}                     # of variants such as .fp16 the plain one
+    configs = {part: read_json(folder / part / "config.json") for part in parts}
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    v = scheduler.get("prediction_type") == "v_prediction"
+    config = {"unet": unet_config(folder, **configs["unet"]), "prediction": "v" if v else "epsilon"}
+    names = {"unet": unet_names(UNetConfig(**config["unet"]))}
+    if "vae" in parts:
+        widths = configs["vae"]["block_out_channels"]
+        config["vae"] = {
+            "ch": widths[0], "ch_mult": tuple(width // widths[0] for width in widths),
+            "num_res_blocks": configs["vae"]["layers_per_block"],
+            "z_channels": configs["vae"]["latent_channels"],
+            "scale_factor": configs["vae"].get("scaling_factor", 0.18215)}
+        config["image_size"] = configs["unet"]["sample_size"] * 2 ** (len(widths) - 1)
+        last = len(widths) - 1                      # the original counts the decoder's levels down
+        names["vae"] = VAE_NAMES | {f"up_blocks.{i}": f"up.{last - i}" for i in range(last + 1)}
+    if "text_encoder" in parts:
+        text = configs["text_encoder"]
+        config["text"] = {
+            "width": text["hidden_size"], "layers": text["num_hidden_layers"],
+            "heads": text["num_attention_heads"], "vocab_size": text["vocab_size"],
+            "max_length": text["max_position_embeddings"]}
+        names["text_encoder"] = TEXT_NAMES
+    tensors = {PREFIXES[part] + rename(key, names[part]): tensor for part in parts
+               for key, tensor in read_tensors(files[part]).items() if "position_ids" not in key}
+    for key in [key for key in tensors if ".q_proj." in key]:       # OpenCLIP's one matrix of three
+        qkv = [tensors.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        tensors[key.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
+    return f"{folder}, read as a Hugging Face folder", config, tensors
 
 
-NETWORK_NAMES = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-                 "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-                 "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-                 "mid_block.resnets.1": "middle_block.2"}
-RESBLOCK_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                  "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+def unet_config(folder, block_out_channels, attention_head_dim, down_block_types, **config):
+    heads = attention_head_dim                      # a number of heads, misnamed, for each level
+    heads = heads if isinstance(heads, list) else [heads] * len(block_out_channels)
+    head_dims = {width // n for width, n in zip(block_out_channels, heads)}
+    if len(head_dims) > 1:
+        raise ValueError(f"{folder}: has the heads of SD 1; wanted is Stable Diffusion 2.1")
+    return {"in_channels": config["in_channels"], "out_channels": config["out_channels"],
+            "model_channels": block_out_channels[0], "num_res_blocks": config["layers_per_block"],
+            "channel_mult": tuple(width // block_out_channels[0] for width in block_out_channels),
+            "attention_levels": tuple(i for i, kind in enumerate(down_block_types)
+                                      if kind.startswith("CrossAttn")),
+            "num_head_channels": head_dims.pop(), "context_dim": config["cross_attention_dim"]}
 
 
-def ldm_key(key, config):
-    """Hugging Face's name of a weight -> the original's, whose blocks are numbered in one row."""
+def rename(key, names):
+    """Translate whole words of a dotted name."""
+    key = f".{key}."
+    for theirs, ours in names.items():
+        key = key.replace(f".{theirs}.", f".{ours}.")
+    return key[1:-1]
+
+
+def unet_names(config):
+    """The original numbers its blocks in one row, through all levels."""
     n, last = config.num_res_blocks + 1, len(config.channel_mult) - 1
+    names = dict(UNET_NAMES)
+    for i in range(last + 1):
+        for j in range(n):
+            down, up = f"input_blocks.{n * i + j + 1}", f"output_blocks.{n * i + j}"
+            for theirs, ours in RESBLOCK_NAMES.items():
+                names[f"down_blocks.{i}.resnets.{j}.{theirs}"] = f"{down}.0.{ours}"
+                names[f"up_blocks.{i}.resnets.{j}.{theirs}"] = f"{up}.0.{ours}"
+            names[f"down_blocks.{i}.attentions.{j}"] = f"{down}.1"
+            names[f"up_blocks.{i}.attentions.{j}"] = f"{up}.1"
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n * (i + 1)}.0.op"
+        place = 1 + (last - i in config.attention_levels)   # after the transformer, if there is one
+        names[f"up_blocks.{i}.upsamplers.0"] = f"{up}.{place}"
+    return names
 
-    def place(match):
-        side, i, kind, j = match[1], int(match[2]), match[3], int(match[4])
-        if kind == "downsamplers":
-            return f"input_blocks.{n * (i + 1)}.0.op"
-        if kind == "upsamplers":                    # after the transformer, if the level has one
-            return f"output_blocks.{n * i + n - 1}.{1 + (last - i in config.attention_levels)}.conv"
-        block = f"input_blocks.{n * i + j + 1}" if side == "down" else f"output_blocks.{n * i + j}"
-        return f"{block}.{int(kind == 'attentions')}"
 
-    renamed = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.conv(?=\.))?", place, key)
-    for names in (NETWORK_NAMES, RESBLOCK_NAMES if "resnets" in key else {}):
-        for theirs, ours in names.items():
-            renamed = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{ours}.", renamed, count=1)
-    return renamed
+UNET_NAMES = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "mid_block.attentions.0": "middle_block.1"}
+RESBLOCK_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+                  "norm2": "out_layers.0", "conv2": "out_layers.3",
+                  "conv_shortcut": "skip_connection"}
+UNET_NAMES |= {f"mid_block.resnets.{i}.{theirs}": f"middle_block.{2 * i}.{ours}"
+               for i in (0, 1) for theirs, ours in RESBLOCK_NAMES.items()}
+VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+             "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm",
+             "down_blocks": "down", "resnets": "block",
+             "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+             "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+             "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+             "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}   # in older files
+TEXT_NAMES = {"text_model.embeddings": "embeddings", "text_model.encoder": "encoder",
+              "text_model.final_layer_norm": "ln_final", "final_layer_norm": "ln_final",
+              "embeddings.token_embedding": "token_embedding",
+              "embeddings.position_embedding.weight": "positional_embedding",
+              "encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1",
+              "layer_norm2": "ln_2", "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj"}
