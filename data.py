@@ -10,8 +10,9 @@ Conventions, for the whole project
 
 Letters: B objects, V views of each, N = B*V pictures, R rays a picture, P primitives an object.
 
-The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption tells
-all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  Run me to see them.
+The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption says
+all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  `python data.py`
+draws them.
 """
 import functools
 import math
@@ -21,8 +22,8 @@ import re
 import torch
 import torch.nn.functional as F
 
-TOY_FOV = 40.0                                          # the toy world's one camera, because the
-TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))  # diffusion model never sees fov and distance
+TOY_FOV = 40.0                                          # the toy world's only camera, because a
+TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))  # model never sees its fov and distance
 
 # ---- Cameras and rays ----------------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ def look_at_origin(elevation, azimuth):
     e, a = torch.broadcast_tensors(torch.deg2rad(elevation), torch.deg2rad(azimuth))
     back = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], -1)
     right = torch.stack([-a.sin(), a.cos(), torch.zeros_like(a)], -1)
-    c2w = torch.stack([right, torch.linalg.cross(back, right), back, back], -1)          # (..., 3, 4)
+    c2w = torch.stack([right, torch.linalg.cross(back, right), back, back], -1)     # (..., 3, 4)
     return torch.cat([c2w, torch.tensor([0., 0., 0., 1.]).expand_as(c2w[..., :1, :])], -2)
 
 
@@ -52,8 +53,8 @@ def random_view_cameras(num_sets, num_views, generator=None, fov=(15.0, 60.0), d
     def uniform(low, high):
         return low + (high - low) * torch.rand(num_sets, 1, generator=generator)
     azimuth = 360 * (uniform(0, 1) + torch.arange(num_views)) / num_views - 180
-    # Half are uniform in the angle, half "on the sphere" as the released code has it: its limits are
-    # fractions of the angle, not of the sine, so that (0, 30) gives 0 to 19.5 degrees.
+    # Half are uniform in the angle, half "on the sphere" as the released code has it: its limits
+    # are fractions of the angle, not of the sine, so that (0, 30) gives 0 to 19.5 degrees.
     sine = 2 * uniform(*((e + 90) / 180 for e in elevation)) - 1
     e = torch.where(uniform(0, 1) < 0.5, uniform(*elevation), torch.rad2deg(torch.asin(sine)))
     c2w, fov = look_at_origin(e, azimuth), uniform(*fov)
@@ -64,15 +65,15 @@ def random_view_cameras(num_sets, num_views, generator=None, fov=(15.0, 60.0), d
 def camera_rays(c2w, fov, height, width):
     """Origins and unit directions, each (V, H, W, 3), of the rays through the pixels' centres."""
     fov = torch.as_tensor(fov).to(c2w).expand(len(c2w))
-    focal = 0.5 * height / torch.tan(torch.deg2rad(fov / 2))[:, None, None, None]        # in pixels
+    focal = 0.5 * height / torch.tan(torch.deg2rad(fov / 2))[:, None, None, None]   # in pixels
     x = (torch.arange(width, device=c2w.device) + 0.5 - width / 2)[None, :, None] / focal
     y = -(torch.arange(height, device=c2w.device) + 0.5 - height / 2)[:, None, None] / focal
-    right, up, back, origin = c2w[:, None, None, :3].unbind(-1)                          # (V,1,1,3)
+    right, up, back, origin = c2w[:, None, None, :3].unbind(-1)                     # (V,1,1,3)
     directions = F.normalize(x * right + y * up - back, dim=-1)
     return origin.expand_as(directions), directions
 
 
-# ---- Tracing: a primitive is the cube [-1, 1]^3, stretched, turned, moved, and cut by one quadric ---
+# ---- Tracing: a primitive is the cube [-1, 1]^3, stretched, turned, moved, cut by one quadric ----
 
 SHAPES = {  # p x^2 + q y^2 + a z^2 + b z + c <= 0 in the cube's own coordinates: p, q, a, b, c
     "none": (0, 0, 0, 0, 1),                   # nowhere: what is not worn
@@ -84,7 +85,7 @@ SHAPES = {  # p x^2 + q y^2 + a z^2 + b z + c <= 0 in the cube's own coordinates
     "dome": (1, 1, .25, .5, -.75),             # the upper half of a ball
     "arch": (0, 1, .25, .5, -.75),             # the upper half of a tube whose axis is x
     "roof": (0, 1, -.25, .5, -.25)}            # a wedge whose ridge is x
-LIGHT = (.553, .352, .755)                     # fixed in the world: the front is brighter than the back
+LIGHT = (.553, .352, .755)                     # fixed in the world: the front is the bright side
 
 
 def trace(geometry, colors, origin, directions):
@@ -128,7 +129,7 @@ def trace(geometry, colors, origin, directions):
     matrix, centre, p, q, a, b, c, color = won.split([9, 3, 1, 1, 1, 1, 1, 3], -1)
     matrix = matrix.unflatten(-1, (3, 3))
     point = origin[:, None] + directions * torch.where(distance.isinf(), 0, distance)[..., None]
-    point = (matrix * (point - centre)[..., None, :]).sum(-1)                            # in the cube
+    point = (matrix * (point - centre)[..., None, :]).sum(-1)                    # in the cube
     x, y, z = point.split(1, -1)
     gradient = torch.cat([p * x, q * y, a * z + b / 2], -1)
     level = p * x * x + q * y * y + (a * z + b) * z + c
@@ -161,8 +162,8 @@ def render(objects, c2w, fov, distance, size, background, supersample=2):
 
 
 # ---- The world is a table ------------------------------------------------------------------------
-# Category, its default colour, its named parts: primitives.  A part with =COLOUR is built in and has
-# that colour unless the caption names one; a part without is absent unless the caption names it.
+# Category, its default colour, its named parts: primitives.  A part with =COLOUR is built in, of
+# that colour unless the caption says another; one without is absent unless the caption names it.
 # A primitive: shape, colour ("main", a part's name or a neutral), centre x y z and half-sizes x y z
 # in hundredths, turns in degrees (y90, about y).  ± on y makes a mirrored pair.
 
@@ -300,11 +301,11 @@ def read_primitive(text):
     rows, axes = [], torch.eye(3)
     for side in (1, -1) if "±" in text else (1,):
         turn = torch.eye(3)
-        for word in numbers[6:]:                              # the mirror turns x and z the other way
+        for word in numbers[6:]:                    # a mirror turns x and z the other way
             angle = math.radians(int(word[1:])) * (1 if word[0] == "y" else side)
             spin = torch.linalg.cross(angle * axes["xyz".index(word[0])].expand(3, 3), axes).T
             turn = torch.linalg.matrix_exp(spin) @ turn
-        cube = (turn.T / torch.tensor(half)[:, None]).flatten()                          # world to cube
+        cube = (turn.T / torch.tensor(half)[:, None]).flatten()                # world to cube
         rows.append((color, torch.cat([cube, torch.tensor([x, side * y, z, *SHAPES[shape]])])))
     return rows
 
@@ -312,7 +313,7 @@ def read_primitive(text):
 @functools.cache
 def templates():
     """Every category with all it can wear: geometry (C, P, 17); paint (C, P), an index of PAINTS or
-    -1 main, -2 first part, -3 second; unnamed (C, 3), the paint of those three by default, -1 none."""
+    -1 main, -2 first part, -3 second part; unnamed (C, 3), these three's default paint, -1 none."""
     geometry, paint, unnamed = [], [], []
     for color, parts, primitives in CATEGORIES.values():
         own = ["main", *parts]
@@ -326,7 +327,7 @@ def templates():
 
 def build(specs, device="cpu"):
     """B objects of specs (B, 4), all by table look-up: geometry (B, P, 17), colors (B, P, 3)."""
-    geometry, paint, unnamed = (t[specs[:, 0]] for t in templates())
+    geometry, paint, unnamed = (table[specs[:, 0]] for table in templates())
     chosen = torch.where(specs[:, 1:] < 0, unnamed, specs[:, 1:])
     paint = torch.where(paint < 0, chosen.gather(1, (-1 - paint).clamp(min=0)), paint)
     geometry[..., 12:][paint < 0] = torch.tensor(SHAPES["none"], dtype=torch.float)      # not worn
@@ -369,8 +370,8 @@ def parse_caption(caption):
             colors = [color or default, *worn, None, None][:3]
             return NAMES.index(name), *(HUES.index(c) if c else -1 for c in colors)
     things = "; ".join(" ".join([n, *(f"+{p}" for p in CATEGORIES[n][1])]) for n in NAMES)
-    raise ValueError(f"the toy world cannot read the caption {caption!r}: write it like 'a red robot "
-                     "wearing a blue hat and a green scarf' or 'an orange car with blue wheels', with "
+    raise ValueError(f"the toy world cannot read the caption {caption!r}: write 'a red robot wearing "
+                     "a blue hat and a green scarf' or 'an orange car with blue wheels', with "
                      f"the colours {', '.join(HUES)} and the things {things}")
 
 
@@ -423,7 +424,7 @@ def toy_prompts(row, num, seed=0):
             "colour": (split == 1) & ~name & main & ~part,
             "category": (split == 1) & name & ~main & ~part}
     if row not in rows:
-        raise ValueError(f"there are no prompts of the row {row!r}: choose one of {', '.join(rows)}")
+        raise ValueError(f"there are no prompts of the row {row!r}: choose from {', '.join(rows)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(weight * rows[row], num, generator=generator)
     return [format_caption(spec) for spec in specs[chosen].tolist()]
@@ -443,8 +444,8 @@ def toy_render(captions, c2w, fov=TOY_FOV, distance=TOY_DISTANCE, size=128, back
 
 
 def draw(num, weight, generator=None):
-    """num specs (num, 4), weights on top of all_specs()'s, and captions; of these each colour word is
-    left out once in ten times."""
+    """num specs (num, 4), drawn with weights (S,) on top of all_specs()'s, and their captions, in
+    which each colour word is left out once in ten times."""
     specs, usual = all_specs()
     specs = specs[torch.multinomial(usual * weight, num, True, generator=generator)]
     said = torch.rand(num, 3, generator=generator) >= 0.1
@@ -473,10 +474,10 @@ def toy_pictures(num, size=128, generator=None, device="cpu"):
     specs, _ = all_specs()
     weight = (splits(specs) < 2) * (1 + 2 * is_flat(specs)[:, 0])
     specs, captions = draw(num, weight, generator)
-    elevation, azimuth, distance, fov, right, up = torch.rand(6, num, generator=generator)
+    elevation, azimuth, distance, fov = torch.rand(4, num, generator=generator)
     c2w = look_at_origin(70 * elevation - 10, 360 * azimuth)
-    c2w[:, :3, 3] *= 1 + 0.25 * distance[:, None]
-    c2w[:, :3, 3] += (c2w[:, :3, :2] * 0.06 * torch.stack([right - 0.5, up - 0.5], 1)[:, None]).sum(2)
+    aside = c2w[:, :3, :2] @ (0.06 * torch.rand(num, 2, 1, generator=generator) - 0.03)
+    c2w[:, :3, 3] = (1 + 0.25 * distance[:, None]) * c2w[:, :3, 3] + aside[..., 0]
     behind = draw_backgrounds(num, size, generator, device)
     rgb, _, _ = render(build(specs, device), c2w, 37 + 6 * fov, TOY_DISTANCE, size, behind)
     return 2 * rgb.movedim(-1, 1) - 1, captions
@@ -492,13 +493,14 @@ def draw_backgrounds(num, size, generator=None, device="cpu"):
     across, below = x * torch.cos(angle) + y * torch.sin(angle), (rand(1) - 0.5 - y).clamp(min=0.04)
     tiles = torch.sin(scale * (x + rand(1) - 0.5) / below) * torch.sin(scale / below)
     centre, radius = 2 * rand(2, 4) - 1, 0.2 + 0.5 * rand(4)
-    discs = 1 - torch.hypot(x - centre[:, 0], y - centre[:, 1]) / radius                 # (N, 4, H, W)
+    discs = 1 - torch.hypot(x - centre[:, 0], y - centre[:, 1]) / radius         # (N, 4, H, W)
     masks = [torch.ones_like(across), across / 2.8 + 0.5, 20 * torch.sin(scale * across),
              20 * tiles * (below > 0.04), 20 * discs.amax(1, keepdim=True)]
     which = (style - 1).clamp(min=0).long().expand(-1, 1, size, size)
     front = torch.where(style < 1, color[:, 0, :1], color[:, 0])
     behind = torch.lerp(color[:, 1], color[:, 2], 0.5 + 0.5 * y)
-    return torch.lerp(behind, front, torch.cat(masks, 1).clamp(0, 1).gather(1, which)).movedim(1, -1)
+    mask = torch.cat(masks, 1).clamp(0, 1).gather(1, which)
+    return torch.lerp(behind, front, mask).movedim(1, -1)
 
 
 def contact_sheet(path):
@@ -506,7 +508,7 @@ def contact_sheet(path):
     from PIL import Image, ImageDraw
     sheet = Image.new("RGB", (2 * 528, 148 * -(-len(NAMES) // 2)), "white")
     for i, (name, (color, parts, _)) in enumerate(CATEGORIES.items()):
-        caption = sentence(name, color, dict(zip(parts, (HUES[3 * i % 10], HUES[(7 * i + 4) % 10]))))
+        caption = sentence(name, color, dict(zip(parts, (HUES[3 * i % 10], HUES[7 * i % 10]))))
         rgb = toy_render([caption], orbit_cameras(4, azimuth=30), background=0.7)["rgb"][0]
         row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
         sheet.paste(row, (i % 2 * 528, i // 2 * 148))
