@@ -152,7 +152,11 @@ def render(objects, c2w, fov, distance, size, background, supersample=2):
     chunk = max(1, (2 ** 16 if c2w.device.type == "cpu" else 2 ** 20) // fine ** 2)      # 2^20 rays
     for tensors in zip(*(t.split(chunk) for t in (geometry, colors, c2w, fov))):
         origins, directions = camera_rays(*tensors[2:], fine, fine)
-        rgb, depth = trace(*tensors[:2], origins[:, 0, 0], directions.flatten(1, 2))
+        parts = slice(None)
+        if c2w.device.type == "cpu":                     # skip "none"; a GPU prefers a fixed shape
+            parts = (tensors[0][..., -1] < SHAPES["none"][-1]).any(0)
+        rgb, depth = trace(*(t[:, parts] for t in tensors[:2]), origins[:, 0, 0],
+                           directions.flatten(1, 2))
         hit = depth.isfinite()[..., None]
         layers = torch.where(hit, torch.cat([rgb, hit, depth[..., None]], -1), 0)        # (n, R, 5)
         layers = layers.unflatten(1, (size, supersample, size, supersample))
@@ -161,11 +165,7 @@ def render(objects, c2w, fov, distance, size, background, supersample=2):
     return rgb + (1 - opacity) * background, opacity, depth / opacity.clamp(min=1e-6)
 
 
-# ---- The world is a table ------------------------------------------------------------------------
-# Category, its default colour, its named parts: primitives.  A part with =COLOUR is built in, of
-# that colour unless the caption says another; one without is absent unless the caption names it.
-# A primitive: shape, colour ("main", a part's name or a neutral), centre x y z and half-sizes x y z
-# in hundredths, turns in degrees (y90, about y).  ± on y makes a mirrored pair.
+# ---- The world, a table: toy_world.txt ----------------------------------------------------------
 
 COLORS = {"red": (.86, .10, .10), "orange": (.98, .50, .05), "yellow": (.98, .85, .12),
           "green": (.13, .62, .18), "cyan": (.10, .80, .82), "blue": (.10, .25, .88),
@@ -177,120 +177,22 @@ NEUTRALS = {"black": (.08, .08, .10), "grey": (.50, .51, .54), "cream": (.97, .8
 WORN = {"hat": "red", "scarf": "blue", "flag": "red"}             # named without its colour
 FLAT_CATEGORIES, FLAT_COLORS = ("cat", "penguin", "truck"), ("cyan", "purple")    # seen only in 2D
 
-WORLD = """
-bear brown hat scarf: ball main 0 0 -36 30 33 33 | ball cream 13 0 -36 21 24 25
-  ball main 0 0 20 30 34 30 | ball main 0 ±29 43 8 13 13 | ball cream 27 0 11 13 15 11
-  ball black 39 0 17 5 7 5 | ball white 23 ±14 29 7 9 9 | ball black 29 ±13 29 4 5 6
-  ball main 14 ±36 -26 13 11 22 x25 y-30 | ball main 26 ±21 -68 24 14 13
-  ball cream 46 ±21 -65 5 10 10 | ball cream -31 0 -54 11 11 11 | tube hat 0 0 49 31 31 4
-  cup hat 0 0 68 23 23 17 | ball scarf 0 0 -8 31 33 10 | box scarf 28 12 -24 6 7 16
-dog brown hat scarf: ball main -14 0 -30 36 22 22 | tube main 14 ±13 -58 9 9 20
-  tube main -34 ±13 -58 9 9 20 | ball main 24 0 14 28 28 27 | ball cream 48 0 4 18 15 12
-  ball black 64 0 10 6 8 6 | ball white 40 ±14 24 8 9 9 | ball black 47 ±13 24 4 5 6
-  ball black 18 ±29 8 11 6 23 x12 | ball main -52 0 -8 8 8 22 y-35 | tube hat 20 0 40 28 28 4
-  cup hat 20 0 58 21 21 16 | ball scarf 15 0 -14 25 25 9 | box scarf 37 10 -30 6 7 16
-cat orange hat scarf: ball main -14 0 -30 36 22 22 | tube main 14 ±13 -58 9 9 20
-  tube main -34 ±13 -58 9 9 20 | ball main 24 0 14 26 30 26 | ball cream 45 ±7 4 9 10 8
-  ball peach 53 0 9 5 5 4 | ball white 39 ±14 21 8 9 9 | ball black 46 ±14 21 4 4 7
-  cone main 22 ±21 41 9 12 16 x-18 | ball main -52 0 4 8 8 32 y-30 | tube hat 18 0 40 24 24 4
-  cup hat 18 0 58 18 18 16 | ball scarf 15 0 -14 25 25 9 | box scarf 37 10 -30 6 7 16
-rabbit white hat scarf: ball main -4 0 -44 32 30 34 | ball cream 11 0 -44 20 21 26
-  ball main 2 0 8 27 28 26 | ball main -4 ±20 54 7 11 30 x-14 | ball peach 2 ±20 54 4 6 22 x-14
-  ball cream 25 ±7 0 8 9 7 | ball peach 32 0 6 5 6 5 | ball white 20 ±13 16 8 9 10
-  ball black 27 ±13 16 4 5 7 | ball main 24 ±17 -75 22 11 8 | ball cream -38 0 -58 13 13 13
-  tube hat 4 0 31 24 24 4 | cup hat 4 0 49 17 17 16 | ball scarf 2 0 -16 28 28 9
-  box scarf 28 10 -30 6 7 15
-elephant blue hat scarf: ball main -12 0 -28 40 30 28 | tube main 16 ±15 -58 11 11 20
-  tube main -32 ±15 -58 11 11 20 | ball main 26 0 16 28 28 27 | ball main 16 ±40 18 7 24 26 z20
-  ball peach 20 ±42 18 5 17 19 z20 | ball main 54 0 6 12 10 12 | tube main 58 0 -14 8 8 22
-  ball white 44 ±16 25 8 8 9 | ball black 51 ±15 25 4 5 6 | cone white 54 ±14 -8 5 5 13 x180
-  tube hat 22 0 42 28 28 4 | cup hat 22 0 60 21 21 16 | ball scarf 12 0 -10 27 27 9
-  box scarf 36 18 -26 6 7 16
-duck yellow hat scarf: ball main -10 0 -38 46 34 30 | cone main -56 0 -22 14 16 22 y-50
-  ball main 20 0 14 28 28 27 | ball amber 52 0 6 20 17 7 | ball white 37 ±15 24 9 9 10
-  ball black 45 ±15 24 4 5 7 | ball main -14 ±32 -32 30 8 19 y12 | ball amber 10 ±16 -76 20 14 6
-  tube amber 0 ±16 -68 5 5 10 | tube hat 17 0 40 28 28 4 | cup hat 17 0 58 21 21 16
-  ball scarf 14 0 -12 26 26 9 | box scarf 36 10 -28 6 7 16
-penguin blue hat scarf: ball main 0 0 -36 32 36 44 | ball cream 11 0 -36 25 27 38
-  ball main 0 0 18 30 32 29 | ball cream 16 ±11 17 15 14 18 | cone amber 38 0 12 11 9 14 y90
-  ball black 28 ±12 24 5 6 7 | ball main 0 ±38 -30 14 7 30 x18 | ball amber 18 ±17 -78 20 14 7
-  tube hat 0 0 45 30 30 4 | cup hat 0 0 64 22 22 17 | ball scarf 0 0 -6 30 31 9
-  box scarf 30 12 -22 6 7 16
-snowman white hat scarf: ball main 0 0 -47 40 40 38 | ball main 0 0 0 29 29 27
-  ball main 0 0 36 24 24 23 | cone amber 36 0 34 8 8 19 y90 | ball white 18 ±11 43 7 8 8
-  ball black 24 ±11 43 4 5 6 | ball black 28 0 6 5 6 6 | ball black 37 0 -38 5 6 6
-  tube tan 0 ±44 10 5 5 24 x-60 | tube hat 0 0 55 26 26 4 | cup hat 0 0 71 19 19 14
-  ball scarf 0 0 19 27 27 8 | box scarf 27 12 4 5 7 14
-robot red hat scarf: box main 0 0 -20 21 30 28 | box main 0 0 32 22 28 19
-  box grey 2 ±16 -64 14 11 18 | tube glass 22 ±13 38 9 9 6 y90 | box black 22 0 22 4 16 4
-  box gold 21 0 -16 4 16 13 | tube grey 0 ±38 -24 9 9 24 x8 | ball grey 3 ±42 -48 11 11 11
-  box black -26 0 -16 8 20 19 | tube gold 0 ±32 33 9 9 6 x90 | tube hat 0 0 54 27 27 4
-  cup hat 0 0 70 20 20 15 | ball scarf 0 0 10 30 34 8 | box scarf 25 14 -6 5 8 15
-car red wheels=black: box main 0 0 -16 74 35 17 | arch main -10 0 21 29 40 22 z90
-  arch glass -10 0 17 31 31 16 z90 | arch glass -4 0 19 23 38 18 z90
-  tube gold 74 ±22 -12 9 9 5 y90 | box grey 74 0 -26 5 32 6 | tube wheels 42 ±33 -36 20 20 10 x90
-  tube wheels -44 ±33 -36 20 20 10 x90 | tube cream 42 ±42 -36 8 8 3 x90
-  tube cream -44 ±42 -36 8 8 3 x90 | box ruby -74 ±24 -10 4 8 7
-bus yellow wheels=black: box main 0 0 4 74 32 34 | arch main 0 0 44 74 32 8
-  box glass 2 0 16 60 34 12 | box glass 74 0 14 3 26 16 | tube wheels 42 ±30 -36 18 18 9 x90
-  tube wheels -42 ±30 -36 18 18 9 x90 | box grey 74 0 -26 4 30 5 | tube cream 42 ±38 -36 7 7 3 x90
-  tube cream -42 ±38 -36 7 7 3 x90 | tube gold 74 ±20 -13 8 8 5 y90 | box ruby -74 ±22 -16 3 7 7
-truck red box=white wheels=black: box main 46 0 -6 24 32 34 | box glass 54 0 10 18 34 13
-  box box -24 0 8 46 35 40 | box grey 0 0 -38 70 28 6 | tube wheels 46 ±29 -44 18 18 9 x90
-  tube wheels -42 ±29 -44 18 18 9 x90 | tube cream 46 ±37 -44 7 7 3 x90
-  tube cream -42 ±37 -44 7 7 3 x90 | tube gold 70 ±20 -20 8 8 5 y90 | box black 70 0 -32 4 28 5
-  box black -70 0 8 2 5 34
-train green wheels=black: tube main 20 0 -6 29 29 44 y90 | box main -36 0 0 24 32 37
-  box black -36 0 42 30 36 5 | cup black 42 0 34 15 15 18 x180 | ball gold 8 0 22 13 13 12
-  tube gold 65 0 -6 14 14 5 y90 | box glass -36 0 20 14 34 11 | box grey 2 0 -36 64 24 6
-  box ruby 64 0 -42 6 26 8 | tube wheels 44 ±27 -46 16 16 8 x90 | tube wheels 6 ±27 -46 16 16 8 x90
-  tube wheels -34 ±27 -46 16 16 8 x90
-boat blue sail=cream flag: dome main 0 0 -50 84 36 34 x180 | tube tan 0 0 -20 76 30 5
-  tube tan 16 0 30 5 5 56 | ball white 66 ±16 -36 8 10 11 | ball black 73 ±15 -36 4 6 7
-  roof sail -17 0 32 4 30 46 z90 y18 | box white -34 0 -10 18 20 12 | tube flag -66 0 0 4 4 26
-  box flag -76 0 16 12 4 10
-plane white wings=grey: ball main 2 0 -6 78 20 20 | ball glass 22 0 12 24 14 12
-  box wings 12 0 -10 20 84 5 | box wings -62 0 2 12 34 5 | box wings -66 0 20 12 5 20 y-20
-  tube black 76 0 -6 10 10 5 y90 | box tan 80 0 -6 4 6 30 | cone ruby 82 0 -6 8 8 8 y90
-  tube black 26 ±18 -38 12 12 6 x90 | box grey 26 ±18 -26 5 4 12
-rocket white fins=ruby: ball main 0 0 0 34 34 74 | dome fins 0 0 60 31 31 25
-  tube grey 0 0 -66 20 20 10 | tube gold 30 0 16 17 17 8 y90 | tube glass 34 0 16 11 11 7 y90
-  box black 29 0 -26 6 12 16 y10 | box fins 0 ±36 -52 6 18 20 | box fins -36 0 -52 18 6 20
-chair brown seat=cream: box seat 0 0 -14 38 37 9 | box main -33 0 30 6 37 42
-  box seat -25 0 34 4 27 26 | box main 31 ±30 -48 7 7 26 | box main -31 ±30 -48 7 7 26
-lamp white shade=cream: cup shade 0 0 46 52 52 36 | tube main 0 0 -10 8 8 34
-  ball main 0 0 -52 42 42 34 | ball white 36 ±14 -43 7 9 11 | ball black 42 ±14 -43 4 5 8
-  box black 41 0 -58 4 8 3 | ball peach 34 ±26 -58 6 8 6
-house white roof=tan door=cream: box main 0 0 -34 46 42 34 | roof roof 0 0 24 58 58 30
-  box door 46 0 -44 3 13 24 | box glass 46 ±28 -24 3 9 12 | box glass -46 0 -24 3 20 14
-  box glass 0 0 -24 20 44 12 | box grey -22 26 40 9 9 22
-castle pink roof=grey flag: box main -12 0 -40 30 36 30 | tube main 24 ±36 -27 17 17 41
-  cone roof 24 ±36 30 23 23 19 | tube main -14 0 10 22 22 30 | cone roof -14 0 54 29 29 17
-  arch black 19 0 -52 3 14 18 | ball black 40 ±36 -8 4 6 10 | tube flag -14 0 74 4 4 16
-  box flag 0 0 80 14 4 9
-mug blue handle=cream: tube main 0 -10 -4 52 52 58 | tube tan 0 -10 52 45 45 4
-  ball white 48 -28 14 6 11 13 | ball white 48 8 14 6 11 13 | ball black 53 -27 13 4 7 9
-  ball black 53 7 13 4 7 9 | box black 52 -10 -10 4 9 4 | ball peach 43 -42 -8 7 9 7
-  ball peach 43 22 -8 7 9 7 | tube handle 0 56 18 8 8 18 x90 | tube handle 0 56 -28 8 8 18 x90
-  tube handle 0 70 -5 8 8 31
-mushroom red spots=cream: dome main 0 0 36 80 80 30 | tube cream 0 0 -38 34 34 44
-  ball black 32 ±13 -26 6 6 10 | box black 34 0 -46 3 9 3 | ball peach 28 ±25 -44 6 7 6
-  ball spots 56 0 46 16 20 16 | ball spots 12 ±58 46 20 16 16 | ball spots -6 0 64 18 18 6
-"""
 
-def read_world(text):
+def read_world(path):
     """{category: (default colour, {part: default colour, "" if worn}, [primitive])}"""
     world = {}
-    for line in text.strip().split("\n"):
-        header, _, cells = line.rpartition(":")
-        if header:
-            name, color, *parts = header.split()
-            world[name] = color, dict((part + "=").split("=")[:2] for part in parts), []
-        world[name][2].extend(cells.split("|"))
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("  "):
+                world[name][2].extend(line.split("|"))
+            elif line[0] not in "#\n":
+                name, color, *parts = line.split()
+                world[name] = color, dict((part + "=").split("=")[:2] for part in parts), []
     return world
 
 
-CATEGORIES, PAINTS = read_world(WORLD), COLORS | NEUTRALS
+CATEGORIES = read_world(os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_world.txt"))
+PAINTS = COLORS | NEUTRALS
 NAMES, HUES, PAINT = list(CATEGORIES), list(COLORS), list(PAINTS)
 
 
@@ -370,9 +272,9 @@ def parse_caption(caption):
             colors = [color or default, *worn, None, None][:3]
             return NAMES.index(name), *(HUES.index(c) if c else -1 for c in colors)
     things = "; ".join(" ".join([n, *(f"+{p}" for p in CATEGORIES[n][1])]) for n in NAMES)
-    raise ValueError(f"the toy world cannot read the caption {caption!r}: write 'a red robot wearing "
-                     "a blue hat and a green scarf' or 'an orange car with blue wheels', with "
-                     f"the colours {', '.join(HUES)} and the things {things}")
+    raise ValueError(f"the toy world cannot read the caption {caption!r}: write it like 'a red "
+                     "robot wearing a blue hat and a green scarf' or 'an orange car with blue "
+                     f"wheels', with the colours {', '.join(HUES)} and the things {things}")
 
 
 # ---- The split: what is seen in 3D, only in 2D, nowhere ------------------------------------------
