@@ -301,17 +301,17 @@ def ddim(denoise, x, abar, steps, eta=0.0, randn=None):
 
 
 def dpm_solver(denoise, x, abar, steps):
-    """DPM-Solver++(2M): the ODE in lambda = log(alpha / sigma), x0 extrapolated from two steps."""
-    times = [round(999 * (1 - i / steps)) for i in range(steps + 1)]
-    lam = [0.5 * math.log(abar[t] / (1 - abar[t])) for t in times]
+    """DPM-Solver++(2M): the ODE in lambda = log(alpha / sigma), its steps even in lambda, where x0
+    is extrapolated from two of them."""
+    lam = [0.5 * math.log(a / (1 - a)) for a in abar]
+    even = [lam[-1] + (lam[0] - lam[-1]) * i / steps for i in range(steps + 1)]
+    times = sorted({min(range(1000), key=lambda t: abs(lam[t] - l)) for l in even}, reverse=True)
     before = None
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        x0, h = denoise(x, t), lam[i + 1] - lam[i]
-        first_order = i == 0 or i == steps - 1 < 14     # the last of few steps is a long one
-        ahead = x0 if first_order else x0 + (x0 - before) * h / (2 * (lam[i] - lam[i - 1]))
+    for t_last, t, t_next in zip([None, *times], times, times[1:]):
+        x0, h = denoise(x, t), lam[t_next] - lam[t]
+        ahead = x0 if before is None else x0 + (x0 - before) * h / (2 * (lam[t] - lam[t_last]))
         spread = ((1 - abar[t_next]) / (1 - abar[t])) ** 0.5
-        x = spread * x - abar[t_next] ** 0.5 * math.expm1(-h) * ahead
-        before = x0
+        x, before = spread * x - abar[t_next] ** 0.5 * math.expm1(-h) * ahead, x0
         yield x
 
 
