@@ -410,7 +410,7 @@ def contact_sheet(path):
     from PIL import Image, ImageDraw
     sheet = Image.new("RGB", (2 * 528, 148 * -(-len(NAMES) // 2)), "white")
     for i, (name, (color, parts, _)) in enumerate(CATEGORIES.items()):
-        caption = sentence(name, color, dict(zip(parts, (HUES[(3 * i + 2) % 10], HUES[7 * i % 10]))))
+        caption = sentence(name, color, dict(zip(parts, (HUES[3 * i % 10 - 8], HUES[7 * i % 10]))))
         rgb = toy_render([caption], orbit_cameras(4, azimuth=30), background=0.7)["rgb"][0]
         row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
         sheet.paste(row, (i % 2 * 528, i // 2 * 148))
