@@ -43,7 +43,7 @@ TINY = {                                        # the classes of Stable Diffusio
     "image_size": 128, "prediction": "epsilon"}
 
 # Steps of each stage as shares of --steps.
-AUTOENCODER, BASE = 0.20, 0.20                  # the joint stage takes the rest
+AUTOENCODER, BASE = 0.22, 0.16                  # the joint stage takes the rest
 VIEWS = 4
 
 
@@ -184,7 +184,8 @@ def train(model, pool, args):
     compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
     vae_loss, noise_loss = compiled(autoencoder_loss), compiled(diffusion_loss)
 
-    phase, optimizer, ema, losses, seen, saved = None, None, None, [], 0.0, time.time()
+    phase, optimizer, ema, losses, began = None, None, None, [], time.time()
+    saved = began
     start, state = load_checkpoint(model, args, device)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
     stop = []                                   # Ctrl-C lets the step end, so that all weights agree
@@ -211,7 +212,7 @@ def train(model, pool, args):
         g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast():
             if phase == "autoencoder":
-                x = pool.images(max(4, args.batch // 4), g).contiguous(
+                x = pool.images(max(4, args.batch // 8), g).contiguous(
                     memory_format=torch.channels_last)
                 h = model.latent_size
                 loss = vae_loss(model.vae, x, torch.randn(len(x), 4, h, h, generator=g, device=device))
@@ -235,7 +236,7 @@ def train(model, pool, args):
                      for k in sorted({m for m, _ in losses})}
             losses.clear()
             bar.set_postfix(stage=stage, **{k: f"{v:.4f}" for k, v in means.items()})
-            log(args.out, step=step + 1, stage=stage, **means)
+            log(args.out, step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr")
         if (stop or time.time() - saved > args.save_every) and step + 1 < args.steps:
@@ -349,12 +350,14 @@ def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    captions = [c + ", 3d asset" for c in data.draw_captions(data.all_specs()[0])]
+    captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
     tokenizer = train_tokenizer(captions, args.out / "tokenizer")
     config = {**TINY, "unet": {**TINY["unet"], "attention": args.attention, "camera": args.camera},
               "text": {**TINY["text"], "vocab_size": len(tokenizer.vocab)}}
     model = MVDream.from_config(config, tokenizer).to(args.device)
     began = time.time()
+    if args.device.startswith("cuda"):
+        data.trace = torch.compile(data.trace, dynamic=False)             # ten times faster rendering
     pool = ToyPool(model, args.sets, 2 * args.sets, args.seed, args.device)
     train(model, pool, args)
     sample_sheet(model, args.out / "samples.png")

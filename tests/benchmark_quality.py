@@ -16,7 +16,7 @@ import time
 import torch
 
 import data
-from metrics import foreground, iou, psnr
+from metrics import error, foreground, iou, psnr
 from mvdream import MVDream
 
 ROWS = {"seen": "seen in 3D", "combination": "combinations never seen anywhere",
@@ -24,9 +24,9 @@ ROWS = {"seen": "seen in 3D", "combination": "combinations never seen anywhere",
 SUFFIX = ", 3d asset"
 
 
-def truths(captions, c2w, background, device, size=128):
+def truths(captions, c2w, background, device, size=128, supersample=2):
     """c2w (B,V,4,4), background (B,) -> rgb (B,V,H,W,3), opacity."""
-    out = data.toy_render(captions, c2w, size=size, device=device,
+    out = data.toy_render(captions, c2w, size=size, supersample=supersample, device=device,
                           background=background.to(device).view(-1, 1, 1, 1).repeat_interleave(c2w.shape[1], 0))
     return out["rgb"], out["opacity"]
 
@@ -38,10 +38,6 @@ def border(images):
     return edges.median(1).values
 
 
-def error(images, truth):
-    return (images - truth).square().flatten(1).mean(1)
-
-
 def variants(caption, slot, words):
     """The caption with its spec's entry `slot` (0 category, 1.. colours) replaced by each of the words."""
     spec = list(data.parse_caption(caption))
@@ -51,7 +47,7 @@ def variants(caption, slot, words):
 def wins(caption, others, images, c2w, background, device):
     """True if the prompt's own truth is nearest; compared at half size."""
     rgb, _ = truths([caption, *others], c2w[None].expand(len(others) + 1, -1, -1, -1),
-                    background.expand(len(others) + 1), device, 64)
+                    background.expand(len(others) + 1), device, 64, 1)
     small = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return error(small[None], rgb).argmin().item() == 0
 
