@@ -1,134 +1,43 @@
-"""A hash-grid NeRF: encoding, field, occupancy grid, marching, compositing, shading, mesh.
+"""A hash-grid NeRF: field, occupancy grid, rendering, shading, mesh.
 
-The 3D half of text-to-3D (MVDream section 3.3; the encoding is Instant-NGP's, Mueller et al. 2022). Rays come in
-as tensors, pictures go out. Every kernel has a plain PyTorch twin of the same signature here; hashgrid.cu
-holds the fast ones, compiled on first use where a compiler exists.
+The 3D half of text-to-3D (MVDream section 3.3). Rays come in as tensors, pictures go out; the
+operators underneath are hashgrid.py's. `python nerf.py` fits a NeRF to rendered views of a toy
+object: the whole lesson without diffusion.
 
-    N  points or samples       R  rays                       t      distance along a ray
-    L  levels of the grid      T  rows of a level's table    sigma  density
-    F  features per row        delta  step along a ray       w      weight of a sample in its pixel
+    N  samples of all rays    R  rays                      t      distance along a ray
+    L  levels of the grid     T  rows of a level's table   sigma  density
+    F  features of a row      delta  step along a ray      w      weight of a sample in its pixel
 
 World: z up, objects face +x, the box is [-1, 1]^3. Colours are in [0, 1].
 """
-
 import json
 import math
 import os
 import struct
-import sys
 from dataclasses import asdict, dataclass
-from itertools import permutations, product
+from itertools import permutations
 
 import torch
 import torch.nn.functional as Fn
 from torch import nn
 
-PRIMES = (1, 2654435761, 805459861)     # Instant-NGP's spatial hash
-EARLY_STOP = 1e-4                       # a ray ends where less than this of its light is left
+from hashgrid import composite, encode, hash_encode, kernels, march, rays_of    # noqa: F401
 
-
-# ---------------------------------------------------------------------------------------------
-# Encoding
-
-
-def hash_encode(points, table, resolutions):
-    """points (N,3) in [0,1]^3, table (L,T,F) -> (N, L*F), level-major; points outside are clamped."""
-    check_encode(points, table, resolutions)
-    return hash_encode_plain(points, table, resolutions)
-
-
-def check_encode(points, table, resolutions):
-    L, T, _ = table.shape
-    if T & (T - 1):
-        raise ValueError(f"hash_encode: a table of {T} rows; its size must be a power of two")
-    if len(resolutions) != L:
-        raise ValueError(f"hash_encode: {len(resolutions)} resolutions for a table of {L} levels")
-    if points.device != table.device:
-        raise ValueError(f"hash_encode: points on {points.device}, table on {table.device}; move one")
-    if table.is_cuda and table.dtype == torch.float64:
-        raise ValueError("hash_encode: float64 has no CUDA kernel; use float32, or the CPU")
-    if not torch.compiler.is_compiling() and not torch.isfinite(points.sum()):
-        raise ValueError("hash_encode: a point is NaN or infinite; check what produced the points")
-
-
-def hash_encode_plain(points, table, resolutions):
-    T = table.shape[1]
-    levels = []
-    for rows, r in zip(table, resolutions):                     # r vertices per axis
-        x = points.clamp(0, 1) * (r - 1)
-        cell = x.detach().floor().clamp(max=r - 2)              # lower corner of the cell
-        u = x - cell                                            # (N,3) in [0,1]: place in the cell
-        cell, level = cell.long(), 0
-        for corner in product((0, 1), repeat=3):
-            i, j, k = (cell + torch.tensor(corner, device=cell.device)).unbind(-1)
-            if r**3 <= T:
-                row = i + r * (j + r * k)                       # dense, x fastest
-            else:
-                row = (i * PRIMES[0] ^ j * PRIMES[1] ^ k * PRIMES[2]) % T
-            wx, wy, wz = (u[:, a] if corner[a] else 1 - u[:, a] for a in range(3))
-            level = level + (wx * wy * wz)[:, None] * rows[row]
-        levels.append(level)
-    return torch.cat(levels, -1)                                # (N, L*F)
-
-
-# ---------------------------------------------------------------------------------------------
-# Marching and compositing. Samples of all rays lie packed in one list; ray i owns
-# the samples offsets[i] up to offsets[i+1].
-
-
-def march(origins, directions, occupied, shift, delta):
-    """Samples at (k + shift) delta behind the box's face, where the grid is occupied.
-
-    origins, directions (R,3), occupied (G,G,G) bool, shift (R,) in [0,1)
-    -> offsets (R+1,), t (N,), points (N,3)
-    """
-    inverse = 1 / torch.where(directions.abs() < 1e-9, 1e-9, directions)
-    faces = torch.stack([(-1 - origins) * inverse, (1 - origins) * inverse])
-    near, far = faces.amin(0).amax(-1).clamp(min=0), faces.amax(0).amin(-1)         # (R,)
-
-    most = math.ceil(2 * math.sqrt(3) / delta) + 1
-    k = torch.arange(most, device=origins.device) + shift[:, None]                  # (R,K)
-    t = near[:, None] + k * delta
-    points = origins[:, None] + t[..., None] * directions[:, None]                  # (R,K,3)
-    G = occupied.shape[0]
-    i, j, k = ((points + 1) * (G / 2)).long().clamp(0, G - 1).unbind(-1)
-    keep = (t < far[:, None]) & occupied[i, j, k]
-
-    offsets = Fn.pad(keep.sum(-1).cumsum(0), (1, 0))
-    return offsets, t[keep], points[keep]
-
-
-def composite(sigma, values, t, offsets, delta):
-    """Front to back: w_i = alpha_i prod_{j<i} (1 - alpha_j), alpha = 1 - exp(-sigma delta).
-
-    sigma (N,), values (N,C) -> sums over each ray of w [values, 1, t] (R, C+2), and w (N,), without gradient
-    """
-    counts = offsets.diff()
-    ray = torch.repeat_interleave(counts, output_size=len(sigma))
-    depth = (sigma * delta).double().cumsum(0)                  # optical depth, over all rays
-    depth = torch.cat([depth.new_zeros(1), depth])
-    light = torch.exp(depth[offsets[:-1]][ray] - depth[:-1]).to(sigma)              # transmittance
-    w = light * -torch.expm1(-sigma * delta) * (light > EARLY_STOP)
-    sums = torch.cat([values, torch.ones_like(t)[:, None], t[:, None]], -1) * w[:, None]
-    return sums.new_zeros(len(counts), sums.shape[1]).index_add(0, ray, sums), w.detach()
-
-
-# ---------------------------------------------------------------------------------------------
-# The field
+# ---- The field -----------------------------------------------------------------------------------
 
 
 @dataclass
 class NeRFConfig:
     levels: int = 16
-    features: int = 2
+    features: int = 2                       # compiled kernels are for 2
     log2_table: int = 19                    # T = 2^19 rows a level
     base_resolution: int = 16
     finest_resolution: int = 4096
     hidden: int = 64
     occupancy: int = 32                     # cells per axis of the occupancy grid
-    max_samples: int = 512                  # per ray: the step is the box's diagonal / max_samples
+    max_samples: int = 512                  # per ray: delta is the box's diagonal / max_samples
     background: str = "learned"             # or None: black unless render() is given a colour
-    blob: tuple = (10.0, 0.5)               # start: density bias b(x) = 10 (1 - |x| / 0.5)
+    blob: tuple = (10.0, 0.5)               # the start: density bias b(x) = 10 (1 - |x| / 0.5)
 
     def resolutions(self):
         growth = (self.finest_resolution / self.base_resolution) ** (1 / max(self.levels - 1, 1))
@@ -144,10 +53,10 @@ def mlp(*widths):
 def spherical_harmonics(d):
     """The nine real harmonics of degree below three; d (...,3) -> (...,9)."""
     x, y, z = d.unbind(-1)
-    return torch.stack([0.28209479 * torch.ones_like(x),
-                        -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
-                        1.09254843 * x * y, -1.09254843 * y * z, 0.31539157 * (3 * z * z - 1),
-                        -1.09254843 * x * z, 0.54627421 * (x * x - y * y)], -1)
+    return torch.stack([
+        torch.full_like(x, 0.28209479), -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
+        1.09254843 * x * y, -1.09254843 * y * z, 0.31539157 * (3 * z * z - 1),
+        -1.09254843 * x * z, 0.54627421 * (x * x - y * y)], -1)
 
 
 class NeRF(nn.Module):
@@ -156,41 +65,48 @@ class NeRF(nn.Module):
         self.config = c = config or NeRFConfig()
         self.resolutions = c.resolutions()
         self.delta = 2 * math.sqrt(3) / c.max_samples
-        self.table = nn.Parameter(torch.empty(c.levels, 2**c.log2_table, c.features).uniform_(-1e-4, 1e-4))
+        table = torch.empty(c.levels, 2**c.log2_table, c.features)
+        self.table = nn.Parameter(table.uniform_(-1e-4, 1e-4))
         self.density_mlp = mlp(c.levels * c.features, c.hidden, 1)
         self.color_mlp = mlp(c.levels * c.features, c.hidden, 3)
         self.background_mlp = mlp(9, 16, 16, 3) if c.background == "learned" else None
-        # sigma * delta per cell; before the first update what the blob alone gives
-        self.register_buffer("occupancy", self.cell_points(torch.arange(c.occupancy**3), 0.5))
-        self.occupancy = Fn.softplus(self.blob(self.occupancy)) * self.delta
+        # sigma delta of each cell; before the first update, what the blob alone gives.
+        centres = self.cell_points(torch.arange(c.occupancy**3), 0.5)
+        self.register_buffer("occupancy", Fn.softplus(self.blob(centres)) * self.delta)
+        self.room = self.most = None                # samples per ray: to reserve, and seen of late
 
     def blob(self, x):
         height, radius = self.config.blob
         return height * (1 - (x.square().sum(-1) + 1e-12).sqrt() / radius)
 
     def density(self, x):
-        """x (N,3) in [-1,1]^3 -> sigma (N,)."""
         return self.field(x)[0]
 
     def field(self, x):
-        """x (N,3) -> sigma (N,), albedo (N,3)."""
-        features = hash_encode((x + 1) / 2, self.table, self.resolutions)
-        sigma = Fn.softplus(self.density_mlp(features)[:, 0] + self.blob(x))
-        return sigma, torch.sigmoid(self.color_mlp(features))
+        """x (N,3) in the box -> sigma (N,), albedo (N,3)."""
+        h = encode((x + 1) / 2, self.table, self.resolutions)                   # (N, L*F)
+        # Both heads as one network of two layers, the second block-diagonal.
+        W1 = torch.cat([self.density_mlp[0].weight, self.color_mlp[0].weight])
+        W2 = torch.block_diag(self.density_mlp[2].weight, self.color_mlp[2].weight)     # (4, 2H)
+        fused = x.is_cuda and not x.requires_grad and h.shape[1] in (16, 32) and len(W1) == 128
+        if fused and kernels("cuda"):
+            raw = torch.ops.hashgrid.network(h, W1, W2, None)[0]                # (N,4)
+        else:
+            with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+                raw = Fn.linear(Fn.relu(Fn.linear(h, W1)), W2).float().to(h.dtype)
+        return Fn.softplus(raw[:, 0] + self.blob(x)), torch.sigmoid(raw[:, 1:])
 
     def field_and_normals(self, x, normals):
         """The same, and n = -grad sigma / |grad sigma| (N,3)."""
-        if normals == "analytic":                   # d sigma / d x, itself differentiable
+        if normals == "analytic":                   # itself differentiable, in training
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 sigma, albedo = self.field(x)
                 slope, = torch.autograd.grad(sigma.sum(), x, create_graph=self.training)
         else:                                       # three more looks at the field, no second order
-            eps = 0.01
             sigma, albedo = self.field(x)
-            steps = eps * torch.eye(3, device=x.device)
-            beside = self.density((x[:, None] + steps).flatten(0, 1)).view(-1, 3)
-            slope = (beside - sigma[:, None]) / eps
+            beside = (x[:, None] + 0.01 * torch.eye(3, device=x.device)).flatten(0, 1)
+            slope = self.density(beside).view(-1, 3) - sigma[:, None]
         return sigma, albedo, -Fn.normalize(slope, dim=-1)
 
     def background(self, directions):
@@ -198,111 +114,108 @@ class NeRF(nn.Module):
             return torch.zeros_like(directions)
         return torch.sigmoid(self.background_mlp(spherical_harmonics((directions + 1) / 2)))
 
-    # -----------------------------------------------------------------------------------------
-    # Occupancy
+    # ---- Occupancy
 
-    def cell_points(self, cells, jitter):
-        """Flat cell numbers -> points inside those cells (N,3)."""
+    def cell_points(self, cells, place):
+        """Flat numbers of cells -> points at this place in [0,1]^3 of each (N,3)."""
         G = self.config.occupancy
         corner = torch.stack([cells // (G * G), cells // G % G, cells % G], -1)
-        return (corner + jitter) * (2 / G) - 1
+        return (corner + place) * (2 / G) - 1
 
     def occupied(self):
-        G = self.config.occupancy
-        return (self.occupancy > self.occupancy.mean().clamp(max=0.01)).view(G, G, G)
+        full = self.occupancy > self.occupancy.mean().clamp(max=0.01)
+        return full.view([self.config.occupancy] * 3)
 
     @torch.no_grad()
     def update_occupancy(self, step):
-        """Call every step; acts on every 16th: occ = max(0.95 occ, sigma delta) in the visited cells."""
+        """To be called every step, acts on each 16th: occ = max(0.95 occ, sigma delta).
+
+        Before step 256 everywhere; then in a quarter of the cells at random, and as many times
+        among those occupied.
+        """
         if step % 16:
             return
         device, total = self.occupancy.device, len(self.occupancy)
-        if step < 256:
-            cells = torch.arange(total, device=device)
-        else:                                       # a quarter anywhere, a quarter where it is occupied
-            anywhere = torch.randint(total, (total // 4,), device=device)
+        cells = torch.arange(total, device=device)
+        if step >= 256:
             rank = self.occupied().flatten().cumsum(0)
             pick = (torch.rand(total // 4, device=device) * rank[-1]).long()
             there = torch.searchsorted(rank, pick, right=True).clamp(max=total - 1)
-            cells = torch.cat([anywhere, there])
+            cells = torch.cat([torch.randint(total, (total // 4,), device=device), there])
         x = self.cell_points(cells, torch.rand(len(cells), 3, device=device))
-        fresh = self.density(x).float() * self.delta
         self.occupancy[cells] = 0.95 * self.occupancy[cells]
-        self.occupancy.scatter_reduce_(0, cells, fresh, "amax")
+        self.occupancy.scatter_reduce_(0, cells, self.density(x) * self.delta, "amax")
+        if self.most is not None:                   # the one wait for the device in 16 steps
+            self.room, self.most = 1.25 * self.most.item() + 1, None
 
-    # -----------------------------------------------------------------------------------------
-    # Rendering
+    # ---- Rendering
 
     def render(self, origins, directions, *,        # (...,3) each; directions of length 1
-               background=None,                     # None: the learned one; or a colour, broadcast to (...,3)
+               background=None,                     # a colour, for (...,3); None: the learned one
                shading="albedo",                    # or "textureless", "diffuse"
-               light=None,                          # position(s) of the point light, None: at the camera
+               light=None,                          # position(s) of a point light; None: the camera
                ambient=0.0,                         # shade = ambient + (1 - ambient) max(0, n.l)
                normals=None,                        # or "analytic", "finite"
-               chunk=None):                         # rays at a time, None: all in training, a few in eval
-        """-> rgb (...,3), opacity, depth (...,1), num_samples; with normals: normal (...,3), orientation.
+               chunk=None):                         # rays at a time; None: all, or in eval a few
+        """-> rgb (...,3), opacity, depth (...,1), num_samples; with normals: normal, orientation.
 
-        Training: samples shifted at random, once a ray. Eval: deterministic, no gradient, memory bounded.
+        Training: one random shift a ray. Eval: deterministic, no gradient, bounded memory. depth is
+        sum of w t; orientation the mean over rays that hit of the sum of w max(0, n.d)^2.
         """
         if shading not in ("albedo", "textureless", "diffuse"):
-            raise ValueError(f'render: shading {shading!r} is none of "albedo", "textureless", "diffuse"')
+            raise ValueError(f"render: no shading {shading!r}; albedo, textureless, diffuse")
         if normals not in (None, "analytic", "finite"):
-            raise ValueError(f'render: normals {normals!r} is none of None, "analytic", "finite"')
+            raise ValueError(f"render: no normals {normals!r}; None, analytic, finite")
         shape = origins.shape[:-1]
         if shading != "albedo":
-            normals = normals or "analytic"
-            light = origins if light is None else light
-
-        def flat(x):
-            return x if x is None else torch.as_tensor(
-                x, dtype=torch.float32, device=origins.device).expand(*shape, 3).reshape(-1, 3)
-
-        rays = [flat(x) for x in (origins, directions, background, light)]
-        if chunk is None:
-            chunk = len(rays[0]) if self.training else max(1, 2**22 // self.config.max_samples)
+            normals, light = normals or "analytic", origins if light is None else light
+        rays = [x if x is None else torch.as_tensor(x, dtype=torch.float32, device=origins.device)
+                .expand(*shape, 3).reshape(-1, 3) for x in (origins, directions, background, light)]
+        count = len(rays[0])
+        chunk = chunk or (max(count, 1) if self.training else 2**22 // self.config.max_samples)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             parts = [self.render_rays(*[x if x is None else x[i:i + chunk] for x in rays],
                                       shading, ambient, normals)
-                     for i in range(0, max(len(rays[0]), 1), chunk)]
-        out = {k: torch.cat([p[k] for p in parts]).view(*shape, -1)
-               for k in parts[0] if parts[0][k].dim()}
-        out["num_samples"] = sum(p["num_samples"] for p in parts)
+                     for i in range(0, max(count, 1), chunk)]
+        joined = {k: [part[k] for part in parts] for k in parts[0]}
+        out = {k: torch.cat(v).view(*shape, -1) if v[0].dim() else sum(v)
+               for k, v in joined.items()}
         if normals:
-            hit = sum(p["hit"] for p in parts).clamp(min=1)
-            out["orientation"] = sum(p["orientation"] for p in parts) / hit
+            out["orientation"] = out["orientation"] / out.pop("hit").clamp(min=1)
         return out
 
     def render_rays(self, origins, directions, background, light, shading, ambient, normals):
-        R, device = len(origins), origins.device
-        shift = torch.rand(R, device=device) if self.training else torch.full((R,), 0.5, device=device)
-        offsets, t, x = march(origins, directions, self.occupied(), shift, self.delta)
-        ray = torch.repeat_interleave(offsets.diff(), output_size=len(t)) if normals else None
+        R, start = len(origins), torch.empty_like(origins[:, 0])
+        shift = start.uniform_() if self.training else start.fill_(0.5)
+        reserve = self.training and self.room and origins.is_cuda
+        offsets, t, x, total = march(origins, directions, self.occupied(), shift, self.delta,
+                                     int(R * self.room) + 2**14 if reserve else -1)
+        if self.training:
+            self.most = total / R if self.most is None else torch.maximum(self.most, total / R)
 
         if normals:
+            ray = rays_of(offsets, len(t))
             sigma, color, n = self.field_and_normals(x, normals)
             if shading != "albedo":
                 towards = Fn.normalize(light[ray] - x, dim=-1)
                 shade = ambient + (1 - ambient) * (n * towards).sum(-1, keepdim=True).clamp(min=0)
                 color = shade.expand(-1, 3) if shading == "textureless" else color * shade
-            values = torch.cat([color, n], -1)
+            color = torch.cat([color, n], -1)
         else:
-            sigma, values = self.field(x)
-        sums, w = composite(sigma, values, t, offsets, self.delta)      # (R, C+2), (N,)
+            sigma, color = self.field(x)
+        sums, w = composite(sigma, color, t, offsets, self.delta)               # (R, C+2), (N,)
 
         opacity = sums[:, -2:-1]
-        if background is None:
-            background = self.background(directions)
+        background = self.background(directions) if background is None else background
         out = {"rgb": sums[:, :3] + (1 - opacity) * background, "opacity": opacity,
-               "depth": sums[:, -1:], "num_samples": torch.tensor(len(t))}
+               "depth": sums[:, -1:], "num_samples": total}
         if normals:
-            facing_away = (n * directions[ray]).sum(-1).clamp(min=0)
+            away = (n * directions[ray]).sum(-1).clamp(min=0)
             out["normal"] = Fn.normalize(sums[:, 3:6], dim=-1)
-            out["orientation"] = (w * facing_away.square()).sum()
-            out["hit"] = (opacity > 0).sum()
+            out["orientation"], out["hit"] = (w * away.square()).sum(), (opacity > 0).sum()
         return out
 
-    # -----------------------------------------------------------------------------------------
-    # Training and keeping
+    # ---- Training and keeping
 
     def parameter_groups(self, lr_grid=0.01, lr_mlp=0.001):
         """For torch.optim.AdamW(..., betas=(0.9, 0.99), eps=1e-15)."""
@@ -317,15 +230,15 @@ class NeRF(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        from safetensors import safe_open
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such NeRF; NeRF.save() writes one")
-        with safe_open(str(path), "pt") as file:
-            config = (file.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"{path}: not a saved NeRF (no config in its metadata)")
-            nerf = cls(NeRFConfig(**json.loads(config)))
-            nerf.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
+        from safetensors import SafetensorError, safe_open
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file; NeRF.save writes one")
+        try:
+            with safe_open(str(path), "pt") as file:
+                nerf = cls(NeRFConfig(**json.loads(file.metadata()["config"])))
+                nerf.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a NeRF that NeRF.save wrote ({error})") from None
         return nerf.to(device)
 
     @torch.no_grad()
@@ -334,89 +247,79 @@ class NeRF(nn.Module):
 
         -> vertices (N,3) in the box, faces (M,3) counter-clockwise from outside, colors (N,3)
         """
-        device = self.table.device
-        axis = torch.linspace(-1, 1, resolution, device=device)
-        x = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3)
-        sigma = torch.cat([self.density(part).float() for part in x.split(2**18)])
+        axis = torch.linspace(-1, 1, resolution, device=self.table.device)
+        grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)         # (X,Y,Z,3)
+        sigma = torch.cat([self.density(x) for x in grid.view(-1, 3).split(2**18)])
         if threshold is None:
-            inside = sigma[sigma > 1]
-            threshold = min(25.0, inside.mean().item() / 2) if len(inside) else 25.0
-        sigma = sigma.view(resolution, resolution, resolution)
-        vertices, faces = marching_tetrahedra(Fn.pad(sigma, [1] * 6), threshold)
-        vertices, faces = remove_specks(vertices, faces)
+            threshold = min(25.0, sigma[sigma > 1].mean().nan_to_num(50).item() / 2)
+        sigma = Fn.pad(sigma.view(grid.shape[:3]), [1] * 6)                     # closed at the rim
+        vertices, faces = remove_specks(*marching_tetrahedra(sigma, threshold))
         if not len(faces):
-            raise ValueError(f"mesh: the density nowhere reaches {threshold:g}; lower the threshold")
+            raise ValueError(f"mesh: no density exceeds {threshold:g}; lower the threshold")
         vertices = ((vertices - 1) * (2 / (resolution - 1)) - 1).clamp(-1, 1)
-        colors = torch.cat([self.field(part)[1].float() for part in vertices.split(2**18)])
-        return vertices, faces, colors
+        return vertices, faces, torch.cat([self.field(x)[1] for x in vertices.split(2**18)])
 
 
-# ---------------------------------------------------------------------------------------------
-# Mesh
+# ---- Mesh ----------------------------------------------------------------------------------------
+
+
+def odd(order):
+    return sum(order[i] > order[j] for j in range(len(order)) for i in range(j)) % 2 == 1
 
 
 def tetrahedron_table():
-    """Case (4 inside bits) -> up to 2 triangles, each corner an edge (a, b) of the tetrahedron.
+    """Case (4 inside bits) -> up to two triangles, whose corners lie on edges (a, b): (16,2,3,2).
 
-    For a tetrahedron of positive orientation, triangles come out counter-clockwise from outside.
+    They are counter-clockwise from outside if the tetrahedron's orientation is positive.
     """
     table = torch.zeros(16, 2, 3, 2, dtype=torch.long)
-    even = [p for p in permutations(range(4))
-            if sum(p[i] > p[j] for i in range(4) for j in range(i + 1, 4)) % 2 == 0]
     for case in range(1, 15):
         inside = [v for v in range(4) if case >> v & 1]
-        n = len(inside)
-        i, j, k, l = next(p for p in even if sorted(p[:n]) == inside)
-        triangles = {1: [[(i, j), (i, k), (i, l)]],
-                     2: [[(i, k), (i, l), (j, l)], [(i, k), (j, l), (j, k)]],
-                     3: [[(l, i), (l, j), (l, k)]]}[n]
+        i, j, k, l = next(p for p in permutations(range(4))
+                          if not odd(p) and sorted(p[:len(inside)]) == inside)
+        triangles = ([[(i, j), (i, k), (i, l)]],
+                     [[(i, k), (i, l), (j, l)], [(i, k), (j, l), (j, k)]],
+                     [[(l, i), (l, j), (l, k)]])[len(inside) - 1]
         table[case, :len(triangles)] = torch.tensor(triangles)
     return table
 
 
 def marching_tetrahedra(sigma, threshold):
-    """sigma (X,Y,Z) -> vertices (N,3) in grid units, faces (M,3); closed where sigma's rim is outside.
+    """sigma (X,Y,Z) -> vertices (N,3) in grid units, faces (M,3); closed if the rim is outside.
 
-    Each cube is cut into six tetrahedra along its diagonal, one per order of the axes: corners
-    0, e_a, e_a + e_b, (1,1,1). Neighbours agree on every face, so nothing is left open.
+    Each cube is cut into six tetrahedra along its diagonal, one per order of the axes a, b, c:
+    corners 0, e_a, e_a + e_b, (1,1,1). Neighbours agree on every face, so no gap is left.
     """
-    device = sigma.device
-    inside = (sigma > threshold)
-    stride = torch.tensor([sigma.shape[1] * sigma.shape[2], sigma.shape[2], 1])
-    mixed = Fn.max_pool3d(inside[None].float(), 2, 1) != -Fn.max_pool3d(-inside[None].float(), 2, 1)
-    cube = (mixed[0].nonzero() * stride.to(device)).sum(-1)                 # (M,) lower corners
-    steps = torch.stack([torch.eye(3, dtype=torch.long)[list(p)].cumsum(0) for p in permutations(range(3))])
-    tets = Fn.pad((steps * stride).sum(-1), (1, 0)).to(device)              # (6,4) flat offsets
-    odd = torch.tensor([sum(p[i] > p[j] for i in range(3) for j in range(i + 1, 3)) % 2
-                        for p in permutations(range(3))], device=device).bool()
-    corners = (cube[:, None, None] + tets).view(-1, 4)                      # (6M,4)
-    flip = odd.repeat(len(cube))
+    device, orders = sigma.device, list(permutations(range(3)))
+    stride = torch.tensor([sigma.stride(a) for a in range(3)], device=device)
+    inside = sigma.contiguous() > threshold
+    counts = Fn.avg_pool3d(inside[None].float(), 2, 1, divisor_override=1)[0]   # corners
+    cubes = (((counts > 0) & (counts < 8)).nonzero() * stride).sum(-1)          # (M,) lowest
+    steps = Fn.pad(stride[torch.tensor(orders, device=device)].cumsum(-1), (1, 0))      # (6,4)
+    corners = (cubes[:, None, None] + steps).view(-1, 4)                        # (6M,4)
+    mirrored = torch.tensor([odd(p) for p in orders], device=device).repeat(len(cubes))
 
-    case = (inside.flatten()[corners] * torch.tensor([1, 2, 4, 8], device=device)).sum(-1)
-    edges = tetrahedron_table().to(device)[case]                            # (6M,2,3,2) local corners
-    edges[flip] = edges[flip].flip(2)                                       # mirrored: turn the triangle
-    real = edges[..., 0] != edges[..., 1]                                   # unused rows hold zeros
-    edges = corners[:, None, None].expand(-1, 2, 3, -1).gather(-1, edges)[real.all(-1)]
-    edges = edges.sort(-1).values.view(-1, 2)                               # (3K,2) flat grid vertices
-
+    case = (inside.flatten()[corners] << torch.arange(4, device=device)).sum(-1)
+    edges = tetrahedron_table().to(device)[case]                                # (6M,2,3,2)
+    edges[mirrored] = edges[mirrored].flip(2)                                   # turn the triangles
+    real = (edges[..., 0] != edges[..., 1]).all(-1)
+    edges = corners[:, None, None].expand(-1, 2, 3, -1).gather(-1, edges)[real]
+    edges = edges.view(-1, 2).sort(-1).values                                   # (3K,2) grid points
     edges, faces = edges.unique(dim=0, return_inverse=True)
     a, b = sigma.flatten()[edges].unbind(-1)
-    s = ((threshold - a) / (b - a)).clamp(0.01, 0.99)[:, None]              # no triangle without area
-    place = torch.stack([edges // stride[0].item(), edges // stride[1].item() % sigma.shape[1],
-                         edges % sigma.shape[2]], -1).float()               # (N,2,3)
-    return place[:, 0] + s * (place[:, 1] - place[:, 0]), faces.view(-1, 3)
+    s = ((threshold - a) / (b - a)).clamp(0.01, 0.99)[:, None]                  # no empty triangles
+    ends = edges[..., None] // stride % torch.tensor(sigma.shape, device=device)        # (N,2,3)
+    return torch.lerp(*ends.float().unbind(1), s), faces.view(-1, 3)
 
 
 def remove_specks(vertices, faces, share=0.01):
     """Drop connected parts with less than this share of the faces."""
-    label = torch.arange(len(vertices), device=vertices.device)
-    while len(faces):                               # every face takes its lowest label, then jump
+    label, before = torch.arange(len(vertices), device=vertices.device), None
+    while before is None or not torch.equal(label, before):   # faces spread the lowest
+        before = label
         lowest = label[faces].amin(-1, keepdim=True).expand(-1, 3)
-        fresh = label.scatter_reduce(0, faces.flatten(), lowest.flatten(), "amin")
-        fresh = fresh[fresh]
-        if torch.equal(fresh, label):
-            break
-        label = fresh
+        label = label.scatter_reduce(0, faces.flatten(), lowest.flatten(), "amin")
+        label = label[label]
     part = label[faces[:, 0]]
     faces = faces[part.bincount(minlength=1)[part] >= share * len(faces)]
     used, faces = faces.unique(return_inverse=True)
@@ -424,48 +327,95 @@ def remove_specks(vertices, faces, share=0.01):
 
 
 def y_up(x):
-    """Our z-up world that faces +x -> glTF's y-up world that faces +z."""
+    """Our world, z up, facing +x -> glTF's, y up, facing +z."""
     return x[:, [1, 2, 0]]
 
 
 def write_obj(path, vertices, faces, colors):
-    rows = torch.cat([y_up(vertices), colors], -1).tolist()
     with open(f"{path}.part", "w") as file:
-        file.writelines("v %.5f %.5f %.5f %.4f %.4f %.4f\n" % tuple(row) for row in rows)
-        file.writelines("f %d %d %d\n" % (a + 1, b + 1, c + 1) for a, b, c in faces.tolist())
+        for row in torch.cat([y_up(vertices), colors], -1).tolist():
+            file.write("v %.5f %.5f %.5f %.4f %.4f %.4f\n" % tuple(row))
+        for row in (faces + 1).tolist():
+            file.write("f %d %d %d\n" % tuple(row))
     os.replace(f"{path}.part", path)
 
 
 def write_glb(path, vertices, faces, colors):
-    """Binary glTF 2.0: a 12-byte header, one JSON chunk, one chunk of positions, normals, colours, indices."""
+    """Binary glTF 2.0: header, a JSON chunk, a chunk of positions, normals, colours, indices."""
     vertices, faces, colors = vertices.cpu().float(), faces.cpu(), colors.cpu().float()
     a, b, c = vertices[faces].unbind(1)
-    normals = torch.zeros_like(vertices)
+    normals = torch.zeros_like(vertices)                        # each face adds twice its area
     for corner in faces.unbind(1):
         normals.index_add_(0, corner, torch.linalg.cross(b - a, c - a))
     linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
-    arrays = [y_up(vertices), Fn.normalize(y_up(normals), dim=-1), linear, faces.reshape(-1).int()]
-    blobs = [x.contiguous().numpy().tobytes() for x in arrays]
-
-    views, accessors, start = [], [], 0
-    for x, blob in zip(arrays, blobs):
-        last = x.dtype == torch.int32
-        views.append({"buffer": 0, "byteOffset": start, "byteLength": len(blob),
-                      "target": 34963 if last else 34962})
-        accessors.append({"bufferView": len(accessors), "componentType": 5125 if last else 5126,
-                          "count": len(x), "type": "SCALAR" if last else "VEC3"})
-        start += len(blob)
+    arrays = y_up(vertices), Fn.normalize(y_up(normals), dim=-1), linear, faces.reshape(-1).int()
+    parts, views, accessors = [x.contiguous().numpy().tobytes() for x in arrays], [], []
+    for i, (x, part) in enumerate(zip(arrays, parts)):
+        views.append({"buffer": 0, "byteOffset": sum(map(len, parts[:i])), "byteLength": len(part),
+                      "target": 34963 if i == 3 else 34962})
+        accessors.append({"bufferView": i, "componentType": 5125 if i == 3 else 5126,
+                          "count": len(x), "type": "SCALAR" if i == 3 else "VEC3"})
     accessors[0].update(min=arrays[0].amin(0).tolist(), max=arrays[0].amax(0).tolist())
-    attributes = {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}
-    scene = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
-             "meshes": [{"primitives": [{"attributes": attributes, "indices": 3, "material": 0}]}],
-             "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1}}],
-             "buffers": [{"byteLength": start}], "bufferViews": views, "accessors": accessors}
-    text = json.dumps(scene).encode()
-    text += b" " * (-len(text) % 4)
-    data = b"".join(blobs)
+    surface = {"attributes": {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2},
+               "indices": 3, "material": 0}
+    text = json.dumps({
+        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [surface]}], "bufferViews": views, "accessors": accessors,
+        "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1}}],
+        "buffers": [{"byteLength": sum(map(len, parts))}]}).encode()
+    text, data = text + b" " * (-len(text) % 4), b"".join(parts)
     with open(f"{path}.part", "wb") as file:
         file.write(struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(data)))
         file.write(struct.pack("<I4s", len(text), b"JSON") + text)
         file.write(struct.pack("<I4s", len(data), b"BIN\0") + data)
     os.replace(f"{path}.part", path)
+
+
+# ---- From views to 3D: the smallest complete lesson ----------------------------------------------
+
+
+def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
+    """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR."""
+    images, origins, directions = (x.reshape(-1, 3) for x in (images, origins, directions))
+    optimizer = torch.optim.AdamW(nerf.parameter_groups(), betas=(0.9, 0.99), eps=1e-15)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.05 ** (step / steps))
+    nerf.train()
+    for step in range(steps):
+        nerf.update_occupancy(step)
+        pick = torch.randint(len(images), (rays,), device=images.device)
+        rgb = nerf.render(origins[pick], directions[pick], background=background)["rgb"]
+        error = (rgb - images[pick]).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        falling.step()
+        yield -10 * error.detach().log10()
+    nerf.eval()
+
+
+def main():
+    import data
+    gpu = torch.cuda.is_available()
+    device, views, size, steps = ("cuda", 16, 256, 1500) if gpu else ("cpu", 6, 64, 400)
+    config = NeRFConfig() if gpu else NeRFConfig(
+        levels=8, log2_table=15, base_resolution=8, finest_resolution=128, hidden=32,
+        max_samples=128)
+
+    def look(*cameras):
+        c2w = torch.cat([data.orbit_cameras(*camera) for camera in cameras]).to(device)
+        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, device=device)
+        c2w[:, :3, 3] *= data.TOY_DISTANCE
+        return truth["rgb"][0], *data.camera_rays(c2w, data.TOY_FOV, size, size)
+
+    nerf = NeRF(config).to(device)
+    seen = look(*[(views, elevation, 7 * elevation) for elevation in (0, 20, 40, 60)])
+    for step, psnr in enumerate(fit(nerf, *seen, steps, background=0.5), 1):
+        if step % (steps // 10) == 0:
+            print(f"step {step:5d}   {psnr:.1f} dB on the rays seen")
+    truth, *rays = look((4, 30, 15))
+    error = (nerf.render(*rays, background=0.5)["rgb"] - truth).square().mean()
+    print(f"{-10 * error.log10():.1f} dB on views never seen")
+
+
+if __name__ == "__main__":
+    main()
