@@ -100,14 +100,20 @@ def read_prompts(p, args):
     return lines[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
-def with_flags(s, args):
-    """The preset s with what the command line says."""
+def settings_of(args, preset):
+    """The preset with what the command line says, checked."""
+    import sds
+    if preset not in sds.PRESETS:
+        raise ValueError(f"--preset {preset}: there are {', '.join(sds.PRESETS)}")
     names = ["negative", "memory", "views"] + ["steps", "guidance", "rescale"] * (
         not args.views_only)
+    s = sds.PRESETS[preset]
     s = replace(s, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if args.views:                                          # as many sets a step as the preset has
         s = replace(s, batch=tuple(n * args.views // 4 for n in s.batch))
-    return with_values(s, args.set)
+    s = with_values(s, args.set)
+    sds.check(s)
+    return s
 
 
 def with_values(s, texts):
@@ -259,26 +265,15 @@ def look_around(nerf, num_views, size):
 
 def save_turntable(nerf, path, size):
     pictures = look_around(nerf, 60 if size > 128 else 30, size)
-    frames = [to_image(picture[None], size) for picture in pictures]
+    first, *rest = (to_image(picture[None], size) for picture in pictures)
     with writing(path) as part:
-        frames[0].save(part, save_all=True, append_images=frames[1:], loop=0,
-                       duration=4000 // len(frames))
+        first.save(part, save_all=True, append_images=rest, loop=0, duration=4000 // len(pictures))
 
 
 def save_mesh(nerf, path):
     from nerf import write_glb
     with writing(path) as part:
         write_glb(part, *nerf.mesh(128))
-
-
-def settings_of(args, preset):
-    """-> checked Settings of the object."""
-    import sds
-    if preset not in sds.PRESETS:
-        raise ValueError(f"--preset {preset}: there are {', '.join(sds.PRESETS)}")
-    s = with_flags(sds.PRESETS[preset], args)
-    sds.check(s)
-    return s
 
 
 def plan(args, model, prompt):

@@ -19,6 +19,7 @@ import math
 import resource
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -223,58 +224,32 @@ def draw_lights(positions, num_views):
 
 
 def draw_scene(s, step, device, fixed=None):
-    """What a step renders and how: NeRF.render's arguments, and the cameras (N, 4, 4).
+    """What a step renders and how: arguments of NeRF.render, and the cameras c2w (N, 4, 4).
 
-    The released code's first batch and those at a switch are a step late or collapsed; not here.
+    Nothing here is a step late, as the released code is where sizes and ranges change.
     """
-    num_sets, size = s.batch[phase(s, step)] // s.views, s.size[phase(s, step)]
+    num_views, size = s.batch[phase(s, step)], s.size[phase(s, step)]
+    num_sets = num_views // s.views
     c2w, fov = data.random_view_cameras(num_sets, s.views, None, s.fov, s.distance, s.elevation)
     shading, ambient = draw_shading(s, step)
-    scene = dict(shading=shading, ambient=ambient, background=draw_background(s, num_sets))
+    background, light = draw_background(s, num_sets), None
     if fixed:
-        c2w, fov, scene["background"] = fixed
+        c2w, fov, background = fixed
     if s.shading:
-        scene["light"] = draw_lights(c2w[:, :3, 3].cpu(), s.views)[:, None, None]
-    scene = {k: v.to(device) if torch.is_tensor(v) else v for k, v in scene.items()}
-    c2w = c2w.to(device)
-    rays = data.camera_rays(c2w, fov.to(device), size, size)                      # (N, H, W, 3)
-    return scene | dict(origins=rays[0], directions=rays[1],
-                        normals="analytic" if s.shading else None), c2w
-
-
-def render_scene(nerf, scene, chunk):
-    """-> rgb (N, H, W, 3), mean opacity, orientation loss.
-
-    More rays than `chunk` are rendered in parts, without a graph, and again in the backward pass
-    (with the same random numbers): only the samples of one part are ever held.
-    """
-    shape = scene["directions"].shape
-    rays = shape.numel() // 3
-    if rays <= chunk:
-        out = nerf.render(**scene)
-        return out["rgb"], out["opacity"].mean(), out.get("orientation", 0.0)
-    parts = {k: v.expand(shape).reshape(-1, 3).split(chunk)
-             for k, v in scene.items() if torch.is_tensor(v)}
-
-    def render_part(_, i):
-        out = nerf.render(**scene | {k: v[i] for k, v in parts.items()})
-        hit = (out["opacity"] > 0).sum()                # the loss is a mean over these
-        return out["rgb"], out["opacity"].sum(), hit * out.get("orientation", 0.0), hit
-
-    hook = torch.ones((), requires_grad=True)           # or no backward: weights are no arguments
-    rgb, opacity, orientation, hit = zip(*(checkpoint(render_part, hook, i, use_reentrant=True)
-                                           for i in range(math.ceil(rays / chunk))))
-    return (torch.cat(rgb).view(shape), sum(opacity) / rays,
-            sum(orientation) / sum(hit).clamp(min=1))
+        light = draw_lights(c2w[:, :3, 3], s.views)[:, None, None]
+    c2w, fov, background, light = (
+        v if v is None else v.to(device, non_blocking=True) for v in (c2w, fov, background, light))
+    origins, directions = data.camera_rays(c2w, fov, size, size)                  # (N, H, W, 3)
+    return dict(origins=origins, directions=directions, background=background, shading=shading,
+                light=light, ambient=ambient, normals="analytic" if s.shading else None,
+                chunk=chunk_of_rays(s, num_views)), c2w
 
 
 def chunk_of_rays(s, num_views):
-    """How many rays at once leave room for the model; measured on the full-size one."""
-    if not s.memory:
-        return math.inf
+    """How many rays at once leave room for the full-size model, None for all."""
     room = s.memory - 4.0 - 0.4 * num_views             # GiB: weights; the encoder's activations
     bytes_per_ray = (2000 if s.shading else 500) * s.nerf.max_samples / 4       # seldom more
-    return max(1024, int(room * 2 ** 30 / bytes_per_ray))
+    return max(1024, int(room * 2 ** 30 / bytes_per_ray)) if s.memory else None
 
 
 def text_context(model, s, prompt, num):
@@ -290,7 +265,7 @@ def distil(model, s, step, pictures, context, c2w):
         images = F.interpolate(images, (model.image_size,) * 2, mode="bilinear")
     x = model.encode_images(images, sample=True)
     low, high = timestep_range(s, step)
-    t = torch.randint(low, high + 1, (1,)).to(x.device).expand(len(x))
+    t = torch.randint(low, high + 1, (1,)).to(x.device, non_blocking=True).expand(len(x))
     num_views, c2w = (s.views, c2w) if s.multiview else (1, None)
 
     with torch.no_grad():
@@ -342,13 +317,13 @@ class Progress(NamedTuple):
             file.write(buffer.getbuffer())
 
     def check_alive(self):
-        loss, opacity = float(self.loss), float(self.opacity)
-        for dead, what, knob in (
-                (not math.isfinite(loss), "the loss is not a number", "lower lr_grid and lr_mlp"),
-                (opacity < 0.002, "the object has vanished", "lower guidance or lr_grid"),
-                (opacity > 0.998, "the object fills all pictures", "lower guidance or lr_grid")):
-            if dead:
-                raise DeadObject(f"{what} at step {self.step}; {knob}, or try another seed")
+        opacity = self.opacity.item()
+        what = ("the loss is not a number" if not math.isfinite(self.loss) else
+                "the object has vanished" if opacity < 0.002 else
+                "the object fills all pictures" if opacity > 0.998 else None)
+        if what:
+            raise DeadObject(f"{what} at step {self.step}; lower guidance or lr_grid, or try "
+                             "another seed")
 
 
 def peak_memory():
@@ -383,6 +358,8 @@ def dream_steps(model, prompt, settings=FULL, seed=0, state=None, views=None):
     model.requires_grad_(False).eval()
     torch.manual_seed(seed)
     nerf = NeRF(s.nerf).to(device).train()
+    if s.memory:                        # a chunk's samples are forgotten, and made again backward
+        nerf.render_rays = partial(checkpoint, nerf.render_rays, use_reentrant=False)
     optimizer = torch.optim.AdamW(nerf.parameter_groups(s.lr_grid, s.lr_mlp), betas=(0.9, 0.99),
                                   eps=1e-15, fused=True)
     first = load_state(state, nerf, optimizer) if state else 0
@@ -392,15 +369,15 @@ def dream_steps(model, prompt, settings=FULL, seed=0, state=None, views=None):
     for step in range(first, s.steps):
         nerf.update_occupancy(step)
         scene, c2w = draw_scene(s, step, device, fixed)
-        rgb, opacity, orientation = render_scene(nerf, scene, chunk_of_rays(s, len(c2w)))
-        loss = (photometric(rgb, views[0]) if views else
-                distil(model, s, step, rgb, contexts[len(rgb)], c2w))
+        out = nerf.render(**scene)
+        loss = (photometric(out["rgb"], views[0]) if views else
+                distil(model, s, step, out["rgb"], contexts[len(c2w)], c2w))
         if s.shading:
-            loss = loss + ramp(s.orient, s, step, s.switch) * orientation
+            loss = loss + ramp(s.orient, s, step, s.switch) * out["orientation"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        now = Progress(step + 1, loss.detach(), opacity.detach(), nerf, optimizer)
+        now = Progress(step + 1, loss.detach(), out["opacity"].detach().mean(), nerf, optimizer)
         if now.step % 25 == 0 or now.step == s.steps:
             now.check_alive()
         yield now
