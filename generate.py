@@ -195,10 +195,7 @@ def open_model(args):
     with contextlib.suppress(OSError, ValueError):          # a container may grant less
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), int(quota) // int(period))))
-    model = MVDream.from_pretrained(args.model, device=device).requires_grad_(False).eval()
-    if device.startswith("cuda"):
-        model.accelerate()
-    return model
+    return MVDream.from_pretrained(args.model, device=device).accelerate()
 
 
 def make_views(args, model, prompt, num, how, path):

@@ -109,9 +109,7 @@ def full_size_model(device):
     torch.manual_seed(0)
     with torch.device(device):
         model = MVDream.from_config({}, tokenizer)
-    model = model.to(device).requires_grad_(False).eval()
-    model.accelerate()
-    return model
+    return model.to(device).accelerate()
 
 
 def speed(device, steps, sync):
@@ -157,9 +155,7 @@ def main(argv):
              for name, value in zip(rest[::2], rest[1::2])]
     preset = args.preset or ("tiny-gpu" if args.device.startswith("cuda") else "tiny-cpu")
     s = generate.with_values(sds.PRESETS[preset], given)
-    model = MVDream.from_pretrained(args.model, device=args.device)
-    if args.device.startswith("cuda"):
-        model.accelerate()
+    model = MVDream.from_pretrained(args.model, device=args.device).accelerate()
     captions = data.toy_prompts(args.row, args.prompts, args.seed)
     print(f"{preset} {' '.join(given)}: {len(captions)} prompts, {args.row}, on {args.device}")
     if not args.ablate:
