@@ -22,6 +22,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 SUFFIX = ", 3d asset"       # ends the captions of 3D training data, and the prompt of the views
 PERIOD = 10                 # seconds from one preview and saved state to the next
 
@@ -147,10 +149,11 @@ def writing(path):
     try:
         yield part
         os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({e.strerror or e}); what was made before is still "
-                      "there: make room, and give the same command again") from None
+    except (OSError, SafetensorError) as e:
+        for file in path.parent.glob(f"{part.name}*"):
+            file.unlink()
+        raise OSError(f"could not write {path} ({getattr(e, 'strerror', None) or e}); what was "
+                      "made before is still there; make room, repeat the command") from None
 
 
 def to_image(pictures, size):

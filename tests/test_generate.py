@@ -171,6 +171,20 @@ def test_a_full_disk_in_mid_run(command, tmp_path, monkeypatch):
     assert command("a duck", "--steps", 3, "--seed", 1)[0] == 0
 
 
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "nerf.safetensors").write_text("before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="nerf.safetensors .*too large.* room"):
+            with generate.writing(tmp_path / "nerf.safetensors") as part:
+                sds.NeRF(sds.PRESETS["tiny-cpu"].nerf).save(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path) == ["nerf.safetensors"]
+    assert (tmp_path / "nerf.safetensors").read_text() == "before"
+
+
 def test_many_prompts_and_one_that_dies(command, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a duck\n\n  a red   duck\n")
     alive = sds.Progress.check_alive
