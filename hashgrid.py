@@ -29,20 +29,24 @@ EARLY_STOP = 1e-4                           # a ray ends where less than this of
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def kernels(device):
-    """Whether compiled kernels serve this type of device; where not, one line says why."""
+    """Whether compiled kernels serve this type of device."""
+    return device in served()
+
+
+@functools.cache
+def served():
+    """The types of device that compiled kernels serve; where none, one line says why."""
     try:
-        return device in load_kernels()
+        return load_kernels()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"nerf.py: plain, slow kernels serve {device} ({reason})", file=sys.stderr)
-        return False
+        print(f"nerf.py: the plain, slow kernels serve ({reason})", file=sys.stderr)
+        return ()
 
 
-@functools.cache
 def load_kernels():
-    """Load hashgrid.cu, compiled for this machine, if need be now. -> the device types it serves
+    """Load hashgrid.cu, compiled for this machine, if need be now. -> the types of device it serves
 
     It is built aside and renamed, under a lock that the system frees with its holder: neither a
     second process nor an interrupted build leaves it locked or half-done.

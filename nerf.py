@@ -39,6 +39,9 @@ class NeRFConfig:
     background: str = "learned"             # or None: black unless render() is given a colour
     blob: tuple = (10.0, 0.5)               # the start: density bias b(x) = 10 (1 - |x| / 0.5)
 
+    def __post_init__(self):
+        self.blob = tuple(self.blob)        # a file gives a list
+
     def resolutions(self):
         growth = (self.finest_resolution / self.base_resolution) ** (1 / max(self.levels - 1, 1))
         return [math.ceil(self.base_resolution * growth**l - 1e-6) for l in range(self.levels)]
@@ -377,7 +380,8 @@ def write_glb(path, vertices, faces, colors):
 def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
     """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR."""
     images, origins, directions = (x.reshape(-1, 3) for x in (images, origins, directions))
-    optimizer = torch.optim.AdamW(nerf.parameter_groups(), betas=(0.9, 0.99), eps=1e-15)
+    groups = nerf.parameter_groups(lr_grid=0.05, lr_mlp=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.05 ** (step / steps))
     nerf.train()
     for step in range(steps):
