@@ -223,8 +223,9 @@ def lift(args, model, prompt, s, views, folder):
         for now in steps:
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
-                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, occupied "
-                                    f"{now.occupancy:.2f}, {now.memory:.1f} GiB", refresh=False)
+                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
+                                    f"occupied {now.occupancy:.2f}, {sds.peak_memory():.1f} GiB",
+                                    refresh=False)
             if stop or now.step == s.steps or time.time() - saved > PERIOD:
                 with writing(state) as part:
                     now.save(part)
@@ -334,7 +335,7 @@ def main(argv=None):
                       f"{', '.join([*data.COLORS, *data.CATEGORIES])}")
             try:
                 make(args, model, prompt)
-            except sds.DeadObject as e:                     # the other prompts may fare better
+            except ValueError as e:             # the object died; other prompts may fare better
                 status = fail(f"{prompt}: {e}")
     except KeyboardInterrupt:
         fail("stopped; nothing is lost, the same command goes on from here")

@@ -260,7 +260,7 @@ def text_context(model, s, prompt, num):
 
 def distil(model, s, step, pictures, context, c2w):
     """The loss of pictures (N, H, W, 3) in [0, 1]; only the encoder passes gradient to them."""
-    images = pictures.movedim(-1, 1) * 2 - 1                                      # (N, 3, H, W)
+    images = pictures.movedim(-1, 1).contiguous() * 2 - 1                         # (N, 3, H, W)
     if images.shape[-1] != model.image_size:
         images = F.interpolate(images, (model.image_size,) * 2, mode="bilinear")
     x = model.encode_images(images, sample=True)
@@ -287,10 +287,6 @@ def distil(model, s, step, pictures, context, c2w):
 # ---- The loop ------------------------------------------------------------------------------------
 
 
-class DeadObject(ValueError):
-    """An object that is gone for good."""
-
-
 class Progress(NamedTuple):
     """Where a run stands. Tensors stay on the device: reading one waits for it."""
     step: int                           # steps done
@@ -303,10 +299,6 @@ class Progress(NamedTuple):
     def occupancy(self):                # the part of the box that is not empty
         return self.nerf.occupied().float().mean()
 
-    @property
-    def memory(self):
-        return peak_memory()
-
     def save(self, path):
         """All that the rest of the run depends on."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -317,13 +309,14 @@ class Progress(NamedTuple):
             file.write(buffer.getbuffer())
 
     def check_alive(self):
+        """A dead object does not come back; on a GPU, this waits for the step."""
         opacity = self.opacity.item()
         what = ("the loss is not a number" if not math.isfinite(self.loss) else
                 "the object has vanished" if opacity < 0.002 else
                 "the object fills all pictures" if opacity > 0.998 else None)
         if what:
-            raise DeadObject(f"{what} at step {self.step}; lower guidance or lr_grid, or try "
-                             "another seed")
+            raise ValueError(f"{what} at step {self.step}, for good; lower guidance or lr_grid, "
+                             "or try another seed")
 
 
 def peak_memory():

@@ -65,7 +65,7 @@ def evaluate(model, captions, s, seed=0, verbose=True):
         start = time.time()
         try:
             nerf = sds.dream(model, caption, s, seed)
-        except sds.DeadObject as e:
+        except ValueError as e:
             print(f"{caption}: {e}")
             continue
         seconds = time.time() - start
