@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unet import (PREFIXES, UNet, UNetConfig, conv, fill, named, read_model, schedule_tables, take,
                   upsample)
@@ -144,11 +143,12 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.max_length, width) * 0.01)
+        self.positional_embedding = nn.Parameter(torch.empty(config.max_length, width))
         self.transformer = named(resblocks=nn.Sequential(
             *(TextBlock(width, config.heads) for _ in range(config.layers))))
         self.ln_final = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
 
     def forward(self, ids):
         """ids (B, 77) -> (B, 77, C)"""
@@ -282,8 +282,10 @@ class Schedule(nn.Module):
 
     def noise_of(self, output, x_t, t):
         """The noise that the network's output stands for."""
+        if self.prediction == "epsilon":
+            return output
         alpha, sigma = self.alpha_sigma(t)
-        return alpha * output + sigma * x_t if self.prediction == "v" else output
+        return alpha * output + sigma * x_t
 
 
 def ddim(denoise, x, abar, steps, eta=0.0, randn=None):
@@ -342,12 +344,11 @@ class MVDream(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
         """Any of the four weight layouts, told apart by what is found; frozen, for inference."""
         source, config, tensors = read_model(path)
-        with torch.device("meta"):
-            vae = AutoencoderKL(VAEConfig(**config["vae"]))
-            text = TextEncoder(TextConfig(**config["text"]))
-        for part, module in ("vae", vae), ("text_encoder", text):
-            fill(module, take(tensors, PREFIXES[part]), f"{source}, {part}", device, dtype)
         unet = UNet.fill(source, config, tensors, device, dtype)
+        vae = fill(AutoencoderKL, VAEConfig(**config["vae"]), take(tensors, PREFIXES["vae"]),
+                   f"{source}, vae", device, dtype)
+        text = fill(TextEncoder, TextConfig(**config["text"]),
+                    take(tensors, PREFIXES["text_encoder"]), f"{source}, text", device, dtype)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
         schedule = Schedule(config["prediction"]).to(device)
@@ -392,7 +393,7 @@ class MVDream(nn.Module):
         return self.vae.decode(latents / self.vae.config.scale_factor).float()
 
     def predict_noise(self, x_t, t, context, c2w=None, num_views=1):
-        """x_t (N, 4, h, w), t a number or (N,), context (N, 77, C) or unet.project_context's list,
+        """x_t (N, 4, h, w), t a number or (N,), context (N, 77, C) or unet.project_context's,
         c2w (N, 4, 4) or None -> noise (N, 4, h, w) float32, whatever the network predicts"""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         camera = None if c2w is None else camera_condition(c2w)
@@ -437,9 +438,8 @@ class MVDream(nn.Module):
         halves = 1 if guidance_scale == 1 else 2
         context = self.encode_text([negative_prompt] * (B * (halves - 1)) + list(prompts))
         context = self.unet.project_context(context.repeat_interleave(V, dim=0))
-        c2w = None
-        if cameras is not None:
-            c2w = cameras.to(device).expand(halves, B, V, 4, 4).reshape(-1, 4, 4)
+        c2w = None if cameras is None else (
+            cameras.to(device).expand(halves, B, V, 4, 4).reshape(-1, 4, 4))
 
         def denoise(x, t):
             x_t = x.flatten(0, 1)
@@ -448,9 +448,11 @@ class MVDream(nn.Module):
             noise, noise_text = noise[:B * V], noise[-B * V:]
             guided = noise + guidance_scale * (noise_text - noise) if halves == 2 else noise
             x0 = self.schedule.predict_x0(x_t, t[:1], guided).unflatten(0, (B, V))
+            if rescale == 0:
+                return x0
             x0_text = self.schedule.predict_x0(x_t, t[:1], noise_text).view(B, -1)
             ratio = x0_text.std(1) / x0.flatten(1).std(1)       # the spreads of whole sets of views
-            return x0 * (rescale * ratio + 1 - rescale).view(B, 1, 1, 1, 1) if rescale > 0 else x0
+            return x0 * (rescale * ratio + 1 - rescale).view(B, 1, 1, 1, 1)
 
         x = randn() if latents is None else latents.to(device, torch.float32)
         start = denoise, x, self.schedule.alphas_cumprod.tolist(), steps
@@ -462,6 +464,7 @@ class MVDream(nn.Module):
         self.eval().requires_grad_(False)
         fast = self.unet.forward, self.vae.encode, self.vae.decode
         if self.device.type == "cuda":              # bfloat16 where gradients flow: no underflow
+            torch.backends.cudnn.benchmark = True
             self.unet.half(), self.text_encoder.half(), self.vae.bfloat16()
         elif getattr(torch.cpu, "_is_amx_tile_supported", bool)():
             self.unet.bfloat16(), self.vae.bfloat16()
@@ -484,15 +487,13 @@ class Graphs:
         self.function, self.recorded = function, {}
 
     def __call__(self, *args):
-        leaves, tree = tree_flatten(args)
-        tensors = tuple(x for x in leaves if torch.is_tensor(x))
+        tensors = tuple(x for x in args if torch.is_tensor(x))
         key = torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad)
-                                         if torch.is_tensor(x) else x for x in leaves)
+                                         if torch.is_tensor(x) else x for x in args)
         if key not in self.recorded:
             def function(*inputs):
                 rest = iter(inputs)
-                filled = [next(rest) if torch.is_tensor(x) else x for x in leaves]
-                return self.function(*tree_unflatten(filled, tree))
+                return self.function(*(next(rest) if torch.is_tensor(x) else x for x in args))
 
             inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
             self.recorded[key] = torch.cuda.make_graphed_callables(function, inputs)

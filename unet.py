@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -64,8 +65,8 @@ def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-def mlp(dim_in, dim_hidden, dim_out):
-    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.SiLU(), nn.Linear(dim_hidden, dim_out))
+def mlp(dim_in, dim, dim_out, end=lambda layer: layer):
+    return nn.Sequential(nn.Linear(dim_in, dim), nn.SiLU(), end(nn.Linear(dim, dim_out)))
 
 
 def upsample(dim):
@@ -77,9 +78,7 @@ def camera_mlp(config):
     so that a 2D checkpoint keeps giving what it gave."""
     width = 4 * config.model_channels
     dim_out = config.context_dim if config.camera == "text" else width
-    camera_embed = mlp(config.camera_dim, width, dim_out)
-    zero(camera_embed[2])
-    return camera_embed
+    return mlp(config.camera_dim, width, dim_out, end=zero)
 
 
 class ResBlock(nn.Module):
@@ -112,19 +111,16 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (N, heads, L, d)
 
-    def project(self, context):
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
-
     def forward(self, x, kv=None):
-        k, v = self.project(x) if kv is None else kv
-        y = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v)
+        q, (k, v) = self.to_q(x), kv or (self.to_k(x), self.to_v(x))
+        y = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
         return self.to_out(y.transpose(1, 2).flatten(2))                # (N, L, C)
 
 
 class GEGLU(nn.Module):
-    def __init__(self, dim, dim_out):
+    def __init__(self, dim):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * dim_out)
+        self.proj = nn.Linear(dim, 8 * dim)
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -134,15 +130,14 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention (over all views of an object), attention to the text, feed-forward."""
 
-    def __init__(self, dim, heads, context_dim, attention):
+    def __init__(self, dim, config):
         super().__init__()
-        self.attention = attention
+        self.attention, heads = config.attention, dim // config.num_head_channels
         self.attn1 = Attention(dim, dim, heads)
-        self.attn2 = Attention(dim, context_dim, heads)
-        self.ff = named(net=nn.Sequential(
-            GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
+        self.attn2 = Attention(dim, config.context_dim, heads)
+        self.ff = named(net=nn.Sequential(GEGLU(dim), nn.Identity(), nn.Linear(4 * dim, dim)))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        if attention in ("temporal", "new3d"):      # ablations: one more layer, zero at first
+        if config.attention in ("temporal", "new3d"):   # ablations: one layer more, zero at first
             self.norm4, self.attn3 = nn.LayerNorm(dim), Attention(dim, dim, heads)
             zero(self.attn3.to_out)
 
@@ -166,11 +161,9 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, dim, config):
         super().__init__()
-        heads = dim // config.num_head_channels
         self.norm = nn.GroupNorm(32, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(dim, heads, config.context_dim, config.attention)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, config)])
         self.proj_out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, kv, V):
@@ -230,7 +223,8 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
                                  zero(conv(width, config.out_channels)))
-        self.text_layers = tuple(m.attn2 for m in self.modules() if isinstance(m, TransformerBlock))
+        attn2 = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+        self.text_layers = tuple(layer for a in attn2 for layer in (a.to_k, a.to_v))
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -243,19 +237,18 @@ class UNet(nn.Module):
         if config.camera == "time" and "camera_embed.0.weight" not in tensors:  # a 2D checkpoint
             new = camera_mlp(config).state_dict()
             tensors.update({f"camera_embed.{key}": tensor for key, tensor in new.items()})
-        with torch.device("meta"):
-            unet = cls(config)
-        return fill(unet, tensors, f"{source}, unet", device, dtype)
+        return fill(cls, config, tensors, f"{source}, unet", device, dtype)
 
     def project_context(self, context):
-        """The text's keys and values in every layer: they do not change from step to step, so a
-        sampler asks for them once a prompt and passes the list as `context`."""
+        """The text's keys and values in every layer, side by side: they do not change from step to
+        step, so a sampler asks for them once a prompt and passes them on as `context`."""
         if self.config.camera == "text":            # here they change with the camera
             return context
-        return [attn2.project(context.to(attn2.to_k.weight.dtype)) for attn2 in self.text_layers]
+        context = context.to(self.text_layers[0].weight.dtype)
+        return torch.cat([layer(context) for layer in self.text_layers], dim=-1)
 
     def forward(self, x, t, context, camera=None, num_views=1):
-        """x (N, 4, h, w), t (N,), context (N, M, C) or project_context's list, camera (N, 16)
+        """x (N, 4, h, w), t (N,), context (N, M, C) or project_context's, camera (N, 16)
         -> noise (N, 4, h, w). Of the N pictures, each `num_views` in a row are one set."""
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
@@ -263,16 +256,17 @@ class UNet(nn.Module):
             emb = emb + self.camera_embed(camera.to(dtype))
         if camera is not None and self.config.camera == "text":
             context = torch.cat([context, self.camera_embed(camera.to(dtype))[:, None]], dim=1)
-        if torch.is_tensor(context):
-            context = [attn2.project(context.to(dtype)) for attn2 in self.text_layers]
-        kv = iter(context)                          # one pair for each transformer, in their order
+        if context.shape[-1] == self.config.context_dim:
+            kv = iter([layer(context.to(dtype)) for layer in self.text_layers])
+        else:                                       # two for each transformer, in their order
+            kv = iter(context.split([layer.out_features for layer in self.text_layers], dim=-1))
 
         def run(block, x):
             for layer in block:
                 if isinstance(layer, ResBlock):
                     x = layer(x, emb)
                 elif isinstance(layer, SpatialTransformer):
-                    x = layer(x, next(kv), num_views)
+                    x = layer(x, (next(kv), next(kv)), num_views)
                 else:
                     x = layer(x)
             return x
@@ -287,8 +281,8 @@ class UNet(nn.Module):
         return self.out(x)
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading. Files are mapped, not read: a tensor costs memory when it is converted, and none when it
+# ---- Loading ------------------------------------------------------------------------------------
+# Files are mapped, not read: a tensor costs memory when it is converted, and none when it
 # is already what is wanted, so that no weight is ever held twice.
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
@@ -313,13 +307,13 @@ def read_model(path, parts=PREFIXES):
               "image_size": 256 if multi_view else 768 if v else 512} | saved
 
     text, layers = PREFIXES["text_encoder"], config["text"].get("layers", 23)
-    unread = ("model_ema.", f"{text}transformer.resblocks.{layers}.", f"{text}text_projection",
-              f"{text}logit_scale")                 # and the schedule's tables, which have no dot
+    unread = ("model_ema.", f"{text}text_projection", f"{text}logit_scale",
+              f"{text}transformer.resblocks.{layers}.")     # and the tables, which have no dot
     tensors = {k: x for k, x in tensors.items() if "." in k and not k.startswith(unread)}
     stray = [key for key in tensors if not key.startswith(tuple(PREFIXES.values()))]
     if stray:
         raise ValueError(f"{path}: no model of ours; unexpected weights, first {stray[:3]}")
-    layout = "MVDream's .pt" if is_torch_zip(file) else "a single LDM file"
+    layout = "MVDream's .pt" if file.suffix == ".pt" else "a single LDM file"
     return f"{path}, read as {'our own layout' if saved else layout}", config, tensors
 
 
@@ -327,15 +321,12 @@ def read_json(file):
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def is_torch_zip(file):
-    with open(file, "rb") as opened:
-        return opened.read(2) == b"PK" or file.suffix in (".pt", ".pth", ".ckpt", ".bin")
-
-
 def read_tensors(file):
     """A .safetensors, or a .pt that holds tensors and nothing else -> {name: tensor}, mapped"""
     try:
-        if is_torch_zip(file):
+        with open(file, "rb") as opened:
+            is_zip = opened.read(2) == b"PK" or file.suffix in (".pt", ".pth", ".ckpt", ".bin")
+        if is_zip:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             loaded = loaded.get("state_dict", loaded)
             tensors = {key: value for key, value in loaded.items() if torch.is_tensor(value)}
@@ -376,8 +367,18 @@ def schedule_tables(alphas_cumprod):
     return {name: table.float() for name, table in tables.items()}
 
 
-def fill(module, tensors, source, device, dtype):
-    """Make `tensors` the weights of `module`, which was built on the meta device; strict."""
+class NoValues(TorchFunctionMode):
+    """Parameters keep what they happen to hold: on the meta device, nothing, at no cost."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not function.__name__.endswith(("uniform_", "normal_", "ones_", "zeros_", "constant_")):
+            return function(*args, **(kwargs or {}))
+
+
+def fill(kind, config, tensors, source, device, dtype):
+    """-> a module of this kind with these tensors for its weights: all of them, and no others."""
+    with torch.device("meta"), NoValues():
+        module = kind(config)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     for key in wanted.keys() & tensors.keys():      # a 1x1 convolution may be stored as a matrix
         if [n for n in tensors[key].shape if n > 1] == [n for n in wanted[key] if n > 1]:
@@ -395,16 +396,15 @@ def fill(module, tensors, source, device, dtype):
     return module.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------
-# Hugging Face's layout, translated into the original's names.
+# ---- Hugging Face's layout, in the original's names ---------------------------------------------
 
 def read_hugging_face(folder, parts):
-    lacking = [f"{part}/" for part in parts if not list((folder / part).glob("*.safetensors"))]
+    files = {part: sorted((folder / part).glob("*.safetensors"), key=lambda file: len(file.name))
+             for part in parts}                     # the plain one before variants such as .fp16
+    lacking = [f"{part}/" for part in parts if not files[part]]
     if lacking:
         raise FileNotFoundError(f"{folder}: a Hugging Face folder that lacks {', '.join(lacking)} "
                                 "with a .safetensors file in it; fetch the whole model")
-    files = {part: min((folder / part).glob("*.safetensors"), key=lambda file: len(file.name))
-             for part in parts}                     # of variants such as .fp16 the plain one
     configs = {part: read_json(folder / part / "config.json") for part in parts}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     v = scheduler.get("prediction_type") == "v_prediction"
@@ -428,7 +428,7 @@ def read_hugging_face(folder, parts):
             "max_length": text["max_position_embeddings"]}
         names["text_encoder"] = TEXT_NAMES
     tensors = {PREFIXES[part] + rename(key, names[part]): tensor for part in parts
-               for key, tensor in read_tensors(files[part]).items() if "position_ids" not in key}
+               for key, tensor in read_tensors(files[part][0]).items() if "position_ids" not in key}
     for key in [key for key in tensors if ".q_proj." in key]:       # OpenCLIP's one matrix of three
         qkv = [tensors.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
         tensors[key.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
@@ -436,7 +436,7 @@ def read_hugging_face(folder, parts):
 
 
 def unet_config(folder, block_out_channels, attention_head_dim, down_block_types, **config):
-    heads = attention_head_dim                      # a number of heads, misnamed, for each level
+    heads = attention_head_dim                      # misnamed: the number of heads in each level
     heads = heads if isinstance(heads, list) else [heads] * len(block_out_channels)
     head_dims = {width // n for width, n in zip(block_out_channels, heads)}
     if len(head_dims) > 1:

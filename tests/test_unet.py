@@ -50,7 +50,8 @@ def test_names_and_shapes_at_full_size_are_diffusers():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(
-            attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
+            attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024,
+            use_linear_projection=True)
         ours = UNet(UNetConfig())
     names = unet.unet_names(UNetConfig())
     translated = {unet.rename(k, names): v.shape for k, v in theirs.state_dict().items()}
@@ -101,7 +102,7 @@ def test_views_see_each_other_and_objects_do_not():
 def test_text_keys_and_values_computed_once():
     network, (x, t, context, camera) = random_unet(), inputs(4)
     cached = network.project_context(context)
-    assert len(cached) == 7             # 2 transformers down, 1 in the middle, 4 up
+    assert cached.shape == (4, 5, 2 * (32 + 64 + 64 + 64 + 64 + 32 + 32))   # down, middle, up
     assert torch.equal(network(x, t, cached, camera, 4), network(x, t, context, camera, 4))
 
 
