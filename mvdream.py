@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from unet import (PREFIXES, UNet, UNetConfig, conv, fill, named, read_model, schedule_tables, take,
-                  upsample)
+from unet import (PREFIXES, UNet, UNetConfig, conv, fill, named, read_json, read_model,
+                  schedule_tables, take, upsample)
 
 
 # ---- Tokenizer: CLIP's byte-pair encoding of lower-case words -----------------------------------
@@ -48,8 +48,7 @@ class Tokenizer:
 
     def __init__(self, folder, length=77):
         self.vocab, self.merges = read_vocabulary(Path(folder))
-        self.length = length
-        self.encoding = byte_pair_encoding(self.vocab, self.merges)
+        self.length, self.encoding = length, byte_pair_encoding(self.vocab, self.merges)
         self.encoding.add_special_tokens([BOS, EOS])
 
     def __call__(self, prompts):
@@ -70,10 +69,10 @@ class Tokenizer:
 def read_vocabulary(folder):
     """vocab.json and merges.txt, or both in a tokenizer.json -> {token: id}, [(a, b), ...]"""
     if (folder / "tokenizer.json").is_file():
-        bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+        bpe = read_json(folder / "tokenizer.json")["model"]
         vocab, merges = bpe["vocab"], bpe["merges"]
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        vocab = read_json(folder / "vocab.json")
         merges = (folder / "merges.txt").read_text("utf-8").split("\n")
         merges = [pair for pair in merges if pair and not pair.startswith("#version")]
     else:
@@ -96,8 +95,8 @@ def train_tokenizer(captions, folder):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # they stand for themselves
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
-    tokens = dict.fromkeys([*tokens, BOS, EOS])
-    write_vocabulary(folder, {token: i for i, token in enumerate(tokens)}, merges)
+    tokens = enumerate(dict.fromkeys([*tokens, BOS, EOS]))
+    write_vocabulary(folder, {token: i for i, token in tokens}, merges)
     return Tokenizer(folder)
 
 
@@ -402,8 +401,7 @@ class MVDream(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, cameras=None, *, decode=True, **options):
-        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents (B, V, 4, h, w) with decode=False;
-        the options are those of `sample_steps`."""
+        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents with decode=False; the options below"""
         for x in self.sample_steps(prompts, cameras, **options):
             pass
         return self.decode_latents(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if decode else x
@@ -464,12 +462,14 @@ class MVDream(nn.Module):
         self.eval().requires_grad_(False)
         fast = self.unet.forward, self.vae.encode, self.vae.decode
         if self.device.type == "cuda":              # bfloat16 where gradients flow: no underflow
-            torch.backends.cudnn.benchmark = True
-            self.unet.half(), self.text_encoder.half(), self.vae.bfloat16()
+            old = torch.cuda.get_device_capability(self.device) < (8, 0)
+            self.unet.half(), self.text_encoder.half()
+            self.vae.to(torch.float32 if old else torch.bfloat16)
         elif getattr(torch.cpu, "_is_amx_tile_supported", bool)():
             self.unet.bfloat16(), self.vae.bfloat16()
         self.to(memory_format=torch.channels_last)
         if compile is not None:
+            torch.backends.cudnn.benchmark = True
             fast = [torch.compile(function, mode=compile, dynamic=False) for function in fast]
         if self.device.type == "cuda":
             fast = [Graphs(function) for function in fast]

@@ -74,8 +74,7 @@ def upsample(dim):
 
 
 def camera_mlp(config):
-    """16 numbers -> the width of the time embedding (or of a text token); of zero effect at first,
-    so that a 2D checkpoint keeps giving what it gave."""
+    """16 numbers -> as wide as the time embedding, or a text token; a 2D checkpoint's adds zero."""
     width = 4 * config.model_channels
     dim_out = config.context_dim if config.camera == "text" else width
     return mlp(config.camera_dim, width, dim_out, end=zero)
@@ -301,6 +300,7 @@ def read_model(path, parts=PREFIXES):
             f"{path}: no model there; wanted is a folder with unet/, vae/, text_encoder/ and "
             "tokenizer/, a folder of save_pretrained, a .safetensors of SD 2.1, or MVDream's .pt")
     tensors, saved = read_tensors(file), read_json(file.with_name("config.json"))
+    saved = saved if "unet" in saved else {}        # somebody else's
     multi_view = any("camera_embed" in key for key in tensors)
     v = "768" in file.name                          # all that tells v2-1_768 from v2-1_512
     config = {"unet": {}, "vae": {}, "text": {}, "prediction": "v" if v else "epsilon",
@@ -318,7 +318,10 @@ def read_model(path, parts=PREFIXES):
 
 
 def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: cut short, or not JSON at all ({error})") from error
 
 
 def read_tensors(file):
@@ -427,7 +430,8 @@ def read_hugging_face(folder, parts):
             "heads": text["num_attention_heads"], "vocab_size": text["vocab_size"],
             "max_length": text["max_position_embeddings"]}
         names["text_encoder"] = TEXT_NAMES
-    tensors = {PREFIXES[part] + rename(key, names[part]): tensor for part in parts
+    tensors = {PREFIXES[part] + rename(key.removeprefix("text_model."), names[part]): tensor
+               for part in parts
                for key, tensor in read_tensors(files[part][0]).items() if "position_ids" not in key}
     for key in [key for key in tensors if ".q_proj." in key]:       # OpenCLIP's one matrix of three
         qkv = [tensors.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
@@ -490,9 +494,7 @@ VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.b
              "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
              "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}   # in older files
-TEXT_NAMES = {"text_model.embeddings": "embeddings", "text_model.encoder": "encoder",
-              "text_model.final_layer_norm": "ln_final", "final_layer_norm": "ln_final",
-              "embeddings.token_embedding": "token_embedding",
+TEXT_NAMES = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
               "embeddings.position_embedding.weight": "positional_embedding",
               "encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1",
               "layer_norm2": "ln_2", "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj"}
