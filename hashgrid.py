@@ -57,9 +57,11 @@ def load_kernels():
     if cuda and not cpp_extension.CUDA_HOME:
         raise RuntimeError("no nvcc; install the CUDA toolkit that torch.version.cuda names")
     arch = "%d%d" % torch.cuda.get_device_capability() if cuda else "cpu"
-    source = Path(__file__).with_name("hashgrid.cu").read_bytes()
-    cpu = Path("/proc/cpuinfo").read_text().split("flags", 2)[1] if sys.platform == "linux" else ""
-    key = hashlib.sha256(source + repr((torch.__version__, arch, cpu)).encode()).hexdigest()[:16]
+    sources = [Path(__file__).with_name(name) for name in ("hashgrid.cu", "network.cu")[:1 + cuda]]
+    sources = {file.name: file.read_bytes() for file in sources}
+    info = Path("/proc/cpuinfo")
+    cpu = info.read_text().partition("flags")[2].partition("\n")[0] if info.exists() else ""
+    key = hashlib.sha256(repr((sources, torch.__version__, arch, cpu)).encode()).hexdigest()[:16]
     for root in (Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mvdream"),
                  Path(tempfile.gettempdir()) / f"mvdream-{os.getuid()}"):   # where home is closed
         with contextlib.suppress(OSError):
@@ -73,31 +75,33 @@ def load_kernels():
             torch.ops.load_library(str(library))
         else:
             print(f"nerf.py: compiling hashgrid.cu ({arch}), once, up to a minute", file=sys.stderr)
-            compile_kernels(source, arch, library)
-    register_derivatives()
+            compile_kernels(sources, arch, library)
+    register_derivatives(cuda)
     return ("cpu", "cuda") if cuda else ("cpu",)
 
 
-def compile_kernels(source, arch, library):
+def compile_kernels(sources, arch, library):
     from torch.utils.cpp_extension import load
     os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)      # ninja may be there
     for flags in (["-march=native", "-fopenmp"], []):
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            file = Path(folder) / ("hashgrid.cpp" if arch == "cpu" else "hashgrid.cu")
-            file.write_bytes(source)
+            files = [Path(folder) / (name[:-2] + "cpp" if arch == "cpu" else name)
+                     for name in sources]
+            for file, text in zip(files, sources.values()):
+                file.write_bytes(text)
             host = ["-O3", "-std=c++20", *flags]
             device = ["-O3", "-std=c++20", *(f"-Xcompiler={flag}" for flag in flags),
                       f"-gencode=arch=compute_{arch},code=sm_{arch}"]
             try:
-                load(library.stem, str(file), extra_cflags=host, extra_cuda_cflags=device,
-                     build_directory=folder, is_python_module=False)
+                load(library.stem, [str(file) for file in files], extra_cflags=host,
+                     extra_cuda_cflags=device, build_directory=folder, is_python_module=False)
                 return os.replace(Path(folder) / library.name, library)
             except RuntimeError:
                 if not flags:
                     raise
 
 
-def register_derivatives():
+def register_derivatives(cuda):
     """Shapes and derivatives of the operators, for autograd and torch.compile.
 
     gather encodes; scatter is its transpose towards the table, pull towards the points; `v` makes
@@ -147,9 +151,10 @@ def register_derivatives():
     register("composite", lambda s, c, t, offsets, delta, g, sums: (
         (s.new_empty(len(offsets) - 1, c.shape[1] + 2), torch.empty_like(s)) if g is None
         else (torch.empty_like(s), torch.empty_like(c))), composite)
-    register("network", lambda x, W1, W2, g: (
-        (x.new_empty(len(x), 4), x.new_empty(0), x.new_empty(0)) if g is None
-        else (torch.empty_like(x), torch.empty_like(W1), torch.empty_like(W2))), network)
+    if cuda:
+        register("network", lambda x, W1, W2, g: (
+            (x.new_empty(len(x), 4), x.new_empty(0), x.new_empty(0)) if g is None
+            else (torch.empty_like(x), torch.empty_like(W1), torch.empty_like(W2))), network)
 
 
 # ---- Encoding ------------------------------------------------------------------------------------
@@ -176,7 +181,8 @@ def hash_encode(points, table, resolutions):
 
 
 def encode(points, table, resolutions):
-    if table.shape[2] == 2 and table.dtype != torch.float64 and kernels(table.device.type):
+    fast = table.shape[2] == 2 and table.shape[1] > 1 and table.dtype != torch.float64
+    if fast and kernels(table.device.type):
         return torch.ops.hashgrid.gather(points, table, resolutions, None)
     return encode_plain(points, table, resolutions)
 
