@@ -86,14 +86,11 @@ class ToyPool:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def encode(self, vae, encode, generator):
-        """Pictures -> latents of unit variance; sets the autoencoder's scale factor on the way.
-        `encode` is vae.encode, or that compiled."""
-        sample = torch.cat([encode(self.images(256, generator))[0] for _ in range(4)])
-        vae.config.scale_factor = 1 / sample.std().item()
+    def encode(self, vae, encode):
+        """Latents take the pictures' place. `encode` is vae.encode, or that compiled."""
         for mode, pictures in self.pictures.items():
-            flat = pictures.flatten(0, 1)
-            latents = [(encode(from_bytes(chunk))[0] * vae.config.scale_factor).half()
+            flat, scale = pictures.flatten(0, 1), vae.config.scale_factor
+            latents = [(encode(from_bytes(chunk))[0] * scale).half()
                        for chunk in tqdm(flat.split(256), desc=f"{mode} latents")]
             self.latents[mode] = torch.cat(latents).unflatten(0, pictures.shape[:2])
         self.pictures.clear()                   # conserve memory
@@ -125,6 +122,22 @@ def autoencoder_loss(vae, x, noise):
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
     return error.abs().mean() + 2 * error.square().mean() + edges + 1e-4 * kl
+
+
+@torch.no_grad()
+def standardise(vae, images):
+    """Give every latent channel mean 0 and variance 1, by folding z' = (z - m) / s into the two 1x1
+    convolutions between encoder, latent and decoder. Sampling starts from pure noise, as if nothing
+    of x0 were left at t = 999; yet sqrt(abar) is 0.07 there, and a mean would be missed."""
+    z = torch.cat([vae.encode(x)[0] for x in images])
+    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    q, p, C = vae.quant_conv, vae.post_quant_conv, len(m)
+    q.weight[:C] /= s[:, None, None, None]
+    q.bias[:C] = (q.bias[:C] - m) / s
+    q.bias[C:] -= 2 * s.log()                                             # the log-variance
+    p.bias += p.weight[:, :, 0, 0] @ m
+    p.weight *= s[:, None, None]
+    vae.config.scale_factor = 1.0
 
 
 def diffusion_loss(model, x0, tokens, t, eps, c2w, num_views):
@@ -197,9 +210,10 @@ def train(model, pool, args):
         if phase != (phase := "autoencoder" if stage == "autoencoder" else "diffusion"):
             if phase == "diffusion" and ema is not None:
                 swap(groups["autoencoder"], ema)                      # the average is what we keep
+                g = torch.Generator(device).manual_seed(args.seed)
+                standardise(model.vae, [pool.images(128, g) for _ in range(8)])
             if phase == "diffusion":
-                pool.encode(model.vae, compiled(model.vae.encode),
-                            torch.Generator(device).manual_seed(args.seed))
+                pool.encode(model.vae, compiled(model.vae.encode))
             parameters = groups[phase]
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01,
                                           fused=gpu)
@@ -272,8 +286,7 @@ def save_checkpoint(model, optimizer, ema, step, args):
     """Everything a run needs to go on. Written beside its place, then renamed: never half a file."""
     path = args.out / "checkpoint.pt"
     torch.save({"step": step, "settings": args.settings, "model": model.state_dict(),
-                "scale_factor": model.vae.config.scale_factor, "ema": ema,
-                "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
+                "ema": ema, "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -287,7 +300,6 @@ def load_checkpoint(model, args, device):
         raise ValueError(f"{path} was made with another --{changed[0]}: "
                          f"repeat the old value ({state['settings'].get(changed[0])}) or take another --out")
     model.load_state_dict(state["model"])
-    model.vae.config.scale_factor = state["scale_factor"]
     return state["step"], state
 
 
@@ -307,6 +319,7 @@ def sample_sheet(model, path, prompts=("a red robot wearing a blue hat", "a gree
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    add("--model", type=Path, help="fine-tune this model: the joint stage alone")
     add("--steps", type=int, default=12_000, help="of all stages together (default %(default)s)")
     add("--batch", type=int, help="pictures a step (default 512 on a GPU, 16 without)")
     add("--lr", type=float, default=6e-4, help="peak learning rate (default %(default)s)")
@@ -337,7 +350,9 @@ def parse(argv=None):
         raise ValueError(f"--batch {args.batch} cannot be divided into sets of {VIEWS} views")
     if not 0 <= args.mix <= 1:
         raise ValueError(f"--mix {args.mix} is a probability: between 0 and 1")
-    args.autoencoder_steps, args.base_steps = int(AUTOENCODER * args.steps), int(BASE * args.steps)
+    fresh = not args.model                      # a given model has its autoencoder and its 2D base
+    args.autoencoder_steps = int(AUTOENCODER * args.steps * fresh)
+    args.base_steps = int(BASE * args.steps * fresh)
     seen = (args.steps - args.autoencoder_steps) * args.batch // VIEWS
     args.sets = args.sets or max(16, min(seen, 40_000 if gpu else 2_000))
     args.report = 50 if gpu else 5
@@ -350,11 +365,15 @@ def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
-    tokenizer = train_tokenizer(captions, args.out / "tokenizer")
-    config = {**TINY, "unet": {**TINY["unet"], "attention": args.attention, "camera": args.camera},
-              "text": {**TINY["text"], "vocab_size": len(tokenizer.vocab)}}
-    model = MVDream.from_config(config, tokenizer).to(args.device)
+    if args.model:
+        model = MVDream.from_pretrained(args.model)
+    else:
+        captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
+        tokenizer = train_tokenizer(captions, args.out / "tokenizer")
+        unet = {**TINY["unet"], "attention": args.attention, "camera": args.camera}
+        text = {**TINY["text"], "vocab_size": len(tokenizer.vocab)}
+        model = MVDream.from_config({**TINY, "unet": unet, "text": text}, tokenizer)
+    model.to(args.device)
     began = time.time()
     if args.device.startswith("cuda"):
         data.trace = torch.compile(data.trace, dynamic=False)             # ten times faster rendering

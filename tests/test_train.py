@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from mvdream import MVDream, Schedule
+from mvdream import AutoencoderKL, MVDream, Schedule, VAEConfig
 
 ROOT = Path(__file__).parent.parent
 MICRO = {"unet": dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_levels=(1,),
@@ -85,6 +85,20 @@ def test_2d_steps_have_neither_cameras_nor_views():
     assert model.calls[0][3] is None and model.calls[0][4] == 1
 
 
+def test_standardised_latents_have_mean_0_variance_1_and_decode_alike():
+    torch.manual_seed(0)
+    vae, x = AutoencoderKL(VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1)), torch.rand(4, 3, 16, 16)
+    mean, logvar = vae.encode(x)
+    before = vae.decode(mean)
+    train.standardise(vae, [x])
+    z, logvar_z = vae.encode(x)
+    assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(z.std((0, 2, 3)), torch.ones(4), atol=1e-4)
+    assert torch.allclose(vae.decode(z), before, atol=1e-4)
+    ratio = (0.5 * (logvar - logvar_z)).exp().mean((0, 2, 3))          # sigma shrank as the mean did
+    assert torch.allclose(ratio, mean.std((0, 2, 3)), rtol=1e-3)
+
+
 # ---- whole runs in miniature -----------------------------------------------------------------------
 
 def run(monkeypatch, out, *more):
@@ -111,19 +125,18 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(monkeypatch, tmp_path):
     whole, broken = (MVDream.from_pretrained(tmp_path / name) for name in ("whole", "broken"))
     for (name, a), b in zip(whole.state_dict().items(), broken.state_dict().values()):
         assert torch.equal(a, b), name
-    assert whole.vae.config.scale_factor == broken.vae.config.scale_factor != 1
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert lines[-1]["step"] == 15
     assert (tmp_path / "whole" / "samples.png").exists()
 
 
 def test_the_losses_fall(monkeypatch, tmp_path):
-    run(monkeypatch, tmp_path, "--steps", "60", "--lr", "2e-3", "--save-every", "60")
+    run(monkeypatch, tmp_path, "--steps", "150", "--lr", "2e-3", "--save-every", "60")
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     vae = [line["vae"] for line in lines if "vae" in line]
     noise = [line["3d"] for line in lines if "3d" in line]
     assert vae[-1] < 0.8 * vae[0]
-    assert noise[-1] < 0.95 * lines[3]["2d"]
+    assert noise[-1] < 0.95 * noise[0]
 
 
 def test_killed_at_any_moment_it_goes_on(tmp_path):
