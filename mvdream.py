@@ -401,7 +401,7 @@ class MVDream(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, cameras=None, *, decode=True, **options):
-        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents with decode=False; the options below"""
+        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents with decode=False; options below"""
         for x in self.sample_steps(prompts, cameras, **options):
             pass
         return self.decode_latents(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if decode else x
