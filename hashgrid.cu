@@ -182,9 +182,11 @@ template <class S> struct Gather {               // encoded[n, l] = sum over cor
       }
     }
     Pair<float>* to = (Pair<float>*)(encoded + 2 * (n * grid.L + group * GROUP));
-    if (grid.L % GROUP == 0) to[0] = *(Pair<float>*)sum, to[1] = *(Pair<float>*)(sum + 4);
-    else for (int i = 0; i < 2 * GROUP && group * GROUP + i / 2 < grid.L; i++)
-      ((float*)to)[i] = sum[i];
+    UNROLL for (int i = 0; i < GROUP / 2; i++) {
+      if (grid.L % GROUP == 0) to[i] = ((Pair<float>*)sum)[i];
+      else for (int j = 4 * i; j < 4 * i + 4 && 2 * group * GROUP + j < 2 * grid.L; j++)
+        ((float*)to)[j] = sum[j];
+    }
   }
 };
 
