@@ -63,14 +63,14 @@ template <class Body> void launch(In where, int64_t items, int groups, Body body
   });
 }
 
-float* out(In x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
-const float* in(In x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
-Tensor aligned(In x) {                           // for reads of 16 bytes
+static float* out(In x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
+static const float* in(In x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
+static Tensor aligned(In x) {                           // for reads of 16 bytes
   const Tensor y = x.contiguous();
   return (uintptr_t)y.const_data_ptr() % 16 ? y.clone() : y;
 }
-Tensor plain(In x) { return aligned(x.to(at::kFloat)); }
-Tensor plain(MaybeIn x) { return x ? plain(*x) : Tensor(); }
+static Tensor plain(In x) { return aligned(x.to(at::kFloat)); }
+static Tensor plain(MaybeIn x) { return x ? plain(*x) : Tensor(); }
 
 // ---- Geometry of the grid ----
 
@@ -426,7 +426,7 @@ TORCH_LIBRARY(hashgrid, m) {
   m.def("composite(Tensor sigma, Tensor values, Tensor t, Tensor offsets, float delta,"
         " Tensor? grad, Tensor? sums) -> (Tensor, Tensor)");
 }
-void implement(torch::Library& m) {
+static void implement(torch::Library& m) {
   m.impl("gather", gather), m.impl("pull", pull), m.impl("scatter", scatter);
   m.impl("march", march), m.impl("composite", composite);
 }

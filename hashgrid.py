@@ -40,7 +40,8 @@ def served():
     try:
         return load_kernels()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error: " in line), lines[0])
         print(f"nerf.py: the plain, slow kernels serve ({reason})", file=sys.stderr)
         return ()
 
@@ -89,13 +90,14 @@ def compile_kernels(sources, arch, library):
                      for name in sources]
             for file, text in zip(files, sources.values()):
                 file.write_bytes(text)
+            name = library.stem + "_native" * bool(flags)
             host = ["-O3", "-std=c++20", *flags]
             device = ["-O3", "-std=c++20", *(f"-Xcompiler={flag}" for flag in flags),
                       f"-gencode=arch=compute_{arch},code=sm_{arch}"]
             try:
-                load(library.stem, [str(file) for file in files], extra_cflags=host,
+                load(name, [str(file) for file in files], extra_cflags=host,
                      extra_cuda_cflags=device, build_directory=folder, is_python_module=False)
-                return os.replace(Path(folder) / library.name, library)
+                return os.replace(Path(folder) / f"{name}.so", library)
             except RuntimeError:
                 if not flags:
                     raise

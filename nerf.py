@@ -194,7 +194,8 @@ class NeRF(nn.Module):
         offsets, t, x, total = march(origins, directions, self.occupied(), shift, self.delta,
                                      int(R * self.room) + 2**14 if reserve else -1)
         if self.training:
-            self.most = total / R if self.most is None else torch.maximum(self.most, total / R)
+            mean = total / max(R, 1)
+            self.most = mean if self.most is None else torch.maximum(self.most, mean)
 
         if normals:
             ray = rays_of(offsets, len(t))

@@ -117,9 +117,9 @@ template <int IN, bool BACKWARD> __global__ void __launch_bounds__(32 * WARPS, 2
 
 // ---- The operator ----
 
-const float* in(In x) { return x.const_data_ptr<float>(); }
-float* out(In x) { return x.mutable_data_ptr<float>(); }
-Tensor aligned(In x) {                           // for reads of 8 bytes
+static const float* in(In x) { return x.const_data_ptr<float>(); }
+static float* out(In x) { return x.mutable_data_ptr<float>(); }
+static Tensor aligned(In x) {                           // for reads of 8 bytes
   const Tensor y = x.to(at::kFloat).contiguous();
   return (uintptr_t)y.const_data_ptr() % 16 ? y.clone() : y;
 }
