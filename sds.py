@@ -16,7 +16,6 @@ the paper, or this file from both, it is said on the spot.
 """
 import io
 import math
-import resource
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -322,9 +321,12 @@ class Progress(NamedTuple):
 
 
 def peak_memory():
-    """In GiB: the GPU's, or else the process's."""
+    """In GiB: the GPU's, or else the process's; not known on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    if sys.platform == "win32":
+        return math.nan
+    import resource
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
