@@ -221,6 +221,7 @@ def lift(args, model, prompt, s, views, folder):
     steps = sds.dream_steps(model, prompt, s, args.seed, state if state.exists() else None, views)
     with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar, ctrl_c_to(stop):
         for now in steps:
+            bar.initial = bar.initial or now.step - 1       # steps of an earlier run take no time
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
                 bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
