@@ -12,12 +12,13 @@ Letters: B objects, V views of each, N = B*V pictures, R rays a picture, P primi
 
 The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption says
 all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  `python data.py`
-draws them.
+draws them; `python data.py FOLDER` checks data of your own, whose form folders.py explains.
 """
 import functools
 import math
 import os
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -420,5 +421,13 @@ def contact_sheet(path):
 
 
 if __name__ == "__main__":
-    contact_sheet("outputs/toy_world.png")
-    print("outputs/toy_world.png: every category of the toy world")
+    try:
+        if sys.argv[1:]:
+            import folders
+            print(folders.check(sys.argv[1], "outputs/data.png"), "\nA look at it: outputs/data.png")
+        else:
+            contact_sheet("outputs/toy_world.png")
+            print("outputs/toy_world.png: every category of the toy world")
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

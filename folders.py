@@ -1,0 +1,284 @@
+"""Data from outside: rendered view sets and captioned pictures, checked once and drawn at random.
+
+MVDream trains on renders of Objaverse, sets of four evenly spaced views, and on a part of LAION.
+Both are folders here; tar shards are read where they lie, and nothing is ever unpacked:
+
+    renders/chair/transforms.json   NeRF-synthetic's form: frames, each with a file_path and the
+    renders/chair/*.png             camera's transform_matrix (c2w, OpenGL axes, world z up), RGBA
+    renders/chair/caption.txt       or one renders/captions.csv (uid, caption) for all
+    laion/*.jpg, laion/*.txt        or a laion/metadata.jsonl (file_name, text), or laion/*.tar
+
+Conventions and letters are those of data.py.  Both kinds have one method,
+
+    load(i, generator) -> pictures (V, 3, H, W) uint8, cameras (V, 4, 4) or None, caption
+
+What is broken is counted in `faults`, {what: [where]}, and is fatal only if nothing is left.
+`python data.py FOLDER` checks a folder and draws what training would see of it.
+"""
+import collections
+import csv
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
+
+
+def read_picture(file, size, grey, name):
+    """The middle square of a picture, grey where it is transparent -> (3, size, size) uint8."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (size, size))                 # a JPEG is decoded at about this size
+            image = ImageOps.fit(image.convert("RGBA"), (size, size))
+    except Exception as error:                               # a broken file may raise anything
+        raise ValueError(f"{name} is no picture that can be read") from error
+    image = Image.alpha_composite(Image.new("RGBA", image.size, (grey, grey, grey, 255)), image)
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, 3).movedim(-1, 0)
+
+
+def read_text(path):
+    return path.read_text("utf-8", "replace").strip() if path.is_file() else ""
+
+
+def inside(folder, name):
+    """The path `name` in a folder; a path that leads out of it is refused."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder}")
+    return path
+
+
+def told(faults):
+    """"3 pictures missing (first a/0.png); 1 ..." """
+    return "; ".join(f"{len(names)} {what} (first {names[0]})" for what, names in faults.items())
+
+
+class Samples:
+    """What the two kinds share: a folder, items = [(path, ...)], what was wrong."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size, self.items = Path(folder), size, []
+        self.faults = collections.defaultdict(list)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder; wanted is {self.wanted}")
+        self.fill()
+        if not self.items:
+            why = told(self.faults) or "nothing found"
+            raise ValueError(f"{folder}: nothing to train on: {why}; wanted is {self.wanted}")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __str__(self):
+        return f"{self.folder}: {len(self)} {self.kind}; {told(self.faults) or 'nothing amiss'}"
+
+
+class ViewSets(Samples):
+    """A folder for each object: transforms.json, its pictures, a caption.txt; or one captions.csv
+    (uid, caption) for all.  The cameras are this project's, at any distance and fov."""
+    kind, wanted = "objects", "a folder an object: transforms.json, pictures, caption.txt"
+
+    def __init__(self, folder, num_views=4, size=256):
+        self.num_views = num_views
+        super().__init__(folder, size)
+
+    def fill(self):
+        table = read_text(self.folder / "captions.csv").splitlines()
+        captions = {row[0]: row[1] for row in csv.reader(table) if len(row) > 1}
+        for path in sorted(self.folder.rglob("transforms.json")):
+            caption = read_text(path.with_name("caption.txt")) or captions.get(path.parent.name)
+            try:
+                self.cameras(path, self.faults)
+            except ValueError as error:
+                self.faults[str(error)].append(path)
+                continue
+            if caption:
+                self.items.append((path, caption))
+            else:
+                self.faults["objects without a caption"].append(path.parent)
+
+    def cameras(self, path, faults):
+        """-> pictures [n], c2w (n, 4, 4) of the cameras on the orbit, and sets (s, V) of these: V
+        cameras each nearest to its place, evenly spaced from a first one, and less than half a
+        step away from it."""
+        files, c2w, V = [], [], self.num_views
+        try:
+            for frame in json.loads(path.read_text("utf-8"))["frames"]:
+                file = inside(path.parent, frame["file_path"])
+                file = file if file.suffix.lower() in SUFFIXES else Path(f"{file}.png")
+                if file.is_file():
+                    files.append(file)
+                    c2w.append(torch.tensor(frame["transform_matrix"]).float().reshape(4, 4))
+                else:
+                    faults["pictures missing"].append(file)
+            c2w = torch.stack(c2w)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError("transforms.json without cameras that can be read") from error
+        # On the orbit: upright, looking at the centre, at about the elevation of most.
+        back, position = c2w[:, :3, 2], F.normalize(c2w[:, :3, 3], dim=-1)
+        elevation = torch.rad2deg(torch.asin(back[:, 2].clamp(-1, 1)))
+        good = ((back * position).sum(-1) > 0.98) & (c2w[:, 2, 0].abs() < 0.1)
+        good &= (c2w[:, :3, :3].mT @ c2w[:, :3, :3] - torch.eye(3)).abs().amax((1, 2)) < 0.01
+        good &= (elevation - elevation[good].nanmedian()).abs() < 10
+        if not good.all():
+            faults["cameras off the orbit"].extend(f for f, g in zip(files, good) if not g)
+        files, c2w = [f for f, g in zip(files, good) if g], c2w[good]
+        if len(files) < V:
+            raise ValueError(f"objects with less than the {V} pictures of a set")
+        azimuth = torch.rad2deg(torch.atan2(c2w[:, 1, 2], c2w[:, 0, 2]))
+        places = azimuth[:, None] + torch.arange(V) * 360 / V                            # (n, V)
+        away, sets = ((azimuth - places[..., None] + 180) % 360 - 180).abs().min(-1)     # (n, V)
+        sets = sets[away.amax(1) < 180 / V - 0.01]
+        if not len(sets):
+            raise ValueError(f"objects whose cameras do not go around: no {V} evenly spaced")
+        return files, c2w, sets
+
+    def load(self, i, generator=None):
+        path, caption = self.items[i]
+        files, c2w, sets = self.cameras(path, collections.defaultdict(list))
+        pick = sets[torch.randint(len(sets), (), generator=generator)]
+        grey = torch.randint(256, (), generator=generator).item()                # one a set
+        images = [read_picture(files[k], self.size, grey, files[k]) for k in pick]
+        return torch.stack(images), c2w[pick], caption + ", 3d asset"
+
+
+class Pictures(Samples):
+    """Pictures and captions: files with a .txt beside each, or named in a metadata.jsonl
+    (file_name, text), or tar shards that hold such pairs.  Or one caption for all."""
+    kind, wanted = "pictures", "pictures with a .txt beside each, a metadata.jsonl, or tar shards"
+
+    def __init__(self, folder, size=256, caption=""):
+        self.caption = caption
+        super().__init__(folder, size)
+
+    def fill(self):
+        listed = {}
+        for line in read_text(self.folder / "metadata.jsonl").splitlines():
+            try:
+                row = json.loads(line)
+                listed[inside(self.folder, row["file_name"])] = row["text"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self.faults["useless lines in metadata.jsonl"].append(f"{line!r}: {error}")
+        for path in listed:
+            if not path.is_file():
+                self.faults["pictures missing"].append(path)
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix == ".tar":
+                self.read_shard(path)
+            elif path.suffix.lower() in SUFFIXES:
+                caption = self.caption or listed.get(path) or read_text(path.with_suffix(".txt"))
+                self.add(caption, path, 0, -1)
+
+    def add(self, caption, path, offset, size):
+        if caption:
+            self.items.append((path, offset, size, caption))
+        else:
+            self.faults["pictures without a caption"].append(path)
+
+    def read_shard(self, path):
+        """Only headers and captions are read here, and nothing is ever unpacked."""
+        pictures, texts = {}, {}
+        try:
+            with tarfile.open(path, "r:") as shard:
+                for member in shard:
+                    stem, suffix = os.path.splitext(member.name)
+                    outside = os.path.isabs(stem) or ".." in stem.split("/")
+                    if outside or member.issym() or member.islnk():
+                        self.faults["tar members that point outside"].append(f"{path}: {stem}")
+                    elif suffix.lower() in SUFFIXES:
+                        pictures[stem] = member.offset_data, member.size
+                    elif suffix == ".txt":
+                        texts[stem] = shard.extractfile(member).read().decode("utf-8", "replace")
+                whole = shard.offset <= path.stat().st_size and path.stat().st_size % 512 == 0
+        except (tarfile.TarError, OSError):
+            whole = False
+        if not whole:
+            self.faults["tar shards cut short or broken"].append(path)
+        for stem, (offset, size) in pictures.items():
+            if offset + size <= path.stat().st_size:
+                self.add(self.caption or texts.get(stem, "").strip(), path, offset, size)
+
+    def load(self, i, generator=None):
+        path, offset, size, caption = self.items[i]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(size))
+        grey = torch.randint(256, (), generator=generator).item()
+        return read_picture(content, self.size, grey, f"{path} at {offset}")[None], None, caption
+
+
+class Draws(torch.utils.data.Dataset):
+    """Random samples: number `place` of step `step` is a function of these and the seed alone, not
+    of workers or ranks.  Broken ones are named and another is drawn."""
+
+    def __init__(self, samples, seed):
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, key):
+        step, place = key
+        g, broken = torch.Generator().manual_seed((self.seed * 1_000_003 + step << 20) + place), []
+        for _ in range(100):
+            i = torch.randint(len(self.samples), (), generator=g).item()
+            try:
+                return *self.samples.load(i, g), broken
+            except (ValueError, OSError) as error:
+                broken.append(str(error))
+        raise ValueError(f"{self.samples.folder}: 100 broken samples in a row, last: {broken[-1]}")
+
+
+# ---- A look at a folder --------------------------------------------------------------------------
+
+def draw_orbit(c2w, chosen, size):
+    """The cameras of an object seen from above, +x to the right; the chosen ones red, in order."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (size, size), "white")
+    pen, position = ImageDraw.Draw(image), c2w[:, :2, 3] / c2w[:, :3, 3].norm(dim=1).max()
+    for i, (place, back) in enumerate(zip(position.tolist(), c2w[:, :2, 2].tolist())):
+        x, y = (size / 2 + 0.42 * size * n for n in (place[0], -place[1]))
+        ahead = x - 0.12 * size * back[0], y + 0.12 * size * back[1]               # where it looks
+        color = "red" if i in chosen else "grey"
+        pen.line((x, y, *ahead), color, 2)
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
+        if i in chosen:
+            pen.text(ahead, str(chosen.index(i) + 1), "black", anchor="mm")
+    pen.text((size / 2, size / 2), "+x >", "black", anchor="mm")
+    return image
+
+
+def check(folder, sheet, rows=8, size=128):
+    """Load a sample of everything in a folder; say what is wrong; draw the first few."""
+    from PIL import Image, ImageDraw
+    views = next(Path(folder).rglob("transforms.json"), None)
+    samples = ViewSets(folder, size=size) if views else Pictures(folder, size)
+    drawn, generator = [], torch.Generator().manual_seed(0)
+    for i, (path, *_) in enumerate(samples.items):
+        try:
+            images, c2w, caption = samples.load(i, generator)
+        except (ValueError, OSError) as error:
+            samples.faults["samples that cannot be read"].append(error)
+            continue
+        if len(drawn) < rows:
+            cells = [Image.fromarray(image.movedim(0, -1).numpy()) for image in images]
+            if views:
+                every = samples.cameras(path, collections.defaultdict(list))[1]
+                chosen = (c2w[:, None] == every).all(3).all(2).int().argmax(1).tolist()
+                cells.insert(0, draw_orbit(every, chosen, size))
+            drawn.append((cells, caption))
+    if not drawn:
+        raise ValueError(f"{folder}: nothing to train on: {told(samples.faults)}")
+    page = Image.new("RGB", (max(len(cells) for cells, _ in drawn) * size + 300,
+                             len(drawn) * (size + 4)), "white")
+    for y, (cells, caption) in zip(range(0, page.height, size + 4), drawn):
+        for x, cell in enumerate(cells):
+            page.paste(cell, (x * size, y))
+        ImageDraw.Draw(page).text((len(cells) * size + 8, y + size // 2), caption[:45], "black")
+    Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+    page.save(sheet)
+    return str(samples)
