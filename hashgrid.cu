@@ -3,10 +3,10 @@
 Each body is written once, as a struct with an operator(): a plain C++ compiler makes loops over
 the cores of it, nvcc a CUDA kernel as well. hashgrid.py says what is computed, this file how:
 
-  encoding   a point reads 8 corners on 16 levels, 128 rows of 8 bytes at random: bound by cache
-             transactions. So neighbours along x come as one 16-byte word where they share one
-             (hashed too: even x and x + 1 differ in bit 0); blocks walk the levels in groups of
-             four, whose tables (16 MB) stay in the L2 cache.
+  encoding   a point reads 8 corners on 16 levels, 128 rows of 8 bytes at random: bound by how
+             many 32-byte sectors the L2 cache serves. So neighbours along x come as one 16-byte
+             word where they share one (hashed too: even x and x + 1 differ in bit 0); blocks walk
+             the levels in groups of four, whose tables (16 MB) stay in that cache.
   scatter    the transpose, 128 atomic adds a point: bound by the L2's atomic units. Neighbours on a
              ray share coarse cells: a thread sums a run of points and adds once a cell.
              On the CPU one thread owns a level: no atomics.
@@ -194,8 +194,7 @@ struct Scatter {                                 // table[l, row] += weight x gr
   Grid grid;
   const Row<float>* grad;
   float* table;
-  int64_t N, run;                                // points per item,
-  int levels;                                    // and levels per group
+  int64_t N, run;                                // points per item
 
   HD void flush(float* level, const uint32_t* row, const float (*sum)[2]) const {
     UNROLL for (int c = 0; c < 8; c += 2) {
@@ -210,29 +209,27 @@ struct Scatter {                                 // table[l, row] += weight x gr
       }
     }
   }
-  HD void operator()(int64_t item, int group) const {
-    for (int l = group * levels; l < grid.L && l < (group + 1) * levels; l++) {
-      float* level = table + 2 * (int64_t)l * grid.T;
-      float sum[8][2] = {};
-      uint32_t row[8] = {};
-      bool any = false;
-      for (int64_t n = item * run; n < N && n < (item + 1) * run; n++) {
-        const Row<float> g = grad[n * grid.L + l];
-        if (g.x == 0 && g.y == 0) continue;      // hidden behind the surface: nothing to learn
-        const Cell cell(grid, l, n);
-        bool same = any;
-        UNROLL for (int c = 0; c < 8; c++) same = same && row[c] == cell.row[c];
-        if (any && !same) flush(level, row, sum);
-        UNROLL for (int c = 0; c < 8; c++) {
-          const float w = cell.weight(c, grid.direction(n));
-          sum[c][0] = (same ? sum[c][0] : 0) + w * g.x;
-          sum[c][1] = (same ? sum[c][1] : 0) + w * g.y;
-          row[c] = cell.row[c];
-        }
-        any = true;
+  HD void operator()(int64_t item, int l) const {              // a level is a group
+    float* level = table + 2 * (int64_t)l * grid.T;
+    float sum[8][2] = {};
+    uint32_t row[8] = {};
+    bool any = false;
+    for (int64_t n = item * run; n < N && n < (item + 1) * run; n++) {
+      const Row<float> g = grad[n * grid.L + l];
+      if (g.x == 0 && g.y == 0) continue;        // hidden behind the surface: nothing to learn
+      const Cell cell(grid, l, n);
+      bool same = any;
+      UNROLL for (int c = 0; c < 8; c++) same = same && row[c] == cell.row[c];
+      if (any && !same) flush(level, row, sum);
+      UNROLL for (int c = 0; c < 8; c++) {
+        const float w = cell.weight(c, grid.direction(n));
+        sum[c][0] = (same ? sum[c][0] : 0) + w * g.x;
+        sum[c][1] = (same ? sum[c][1] : 0) + w * g.y;
+        row[c] = cell.row[c];
       }
-      if (any) flush(level, row, sum);
+      any = true;
     }
+    if (any) flush(level, row, sum);
   }
 };
 
@@ -373,9 +370,8 @@ Tensor scatter(In points, In grad, Ints vertices, int64_t T, MaybeIn along) {
   const Grid grid(x, v, vertices, T);
   const Tensor table = at::zeros({grid.L, T, 2}, x.options());
   const int64_t N = x.size(0), run = x.is_cuda() ? 8 : std::max<int64_t>(N, 1);
-  const int levels = x.is_cuda() ? GROUP : 1;
-  launch(x, (N + run - 1) / run, (grid.L + levels - 1) / levels,
-         Scatter{grid, (const Row<float>*)in(g), out(table), N, run, levels});
+  launch(x, (N + run - 1) / run, grid.L,
+         Scatter{grid, (const Row<float>*)in(g), out(table), N, run});
   return table;
 }
 

@@ -1,4 +1,4 @@
-"""nerf.py, hashgrid.py and hashgrid.cu: numbers by hand, then properties, then the plain twins in float64."""
+"""The NeRF and its kernels: numbers by hand, then properties, then the plain twins in float64."""
 import json
 import math
 import os
@@ -90,7 +90,7 @@ def test_encode_against_float64(N, levels, device):
         ours = derivatives(hash_encode, *[a.to(device) for a in args])
         truth = derivatives(hashgrid.encode_plain, *[a.double() for a in args])
         for i, (a, b) in enumerate(zip(ours, truth)):
-            if points is inner or i in (0, 2):                      # values and the table's gradient
+            if points is inner or i in (0, 2):              # values and the table's gradient
                 assert error(a.cpu(), b) < 1e-5, i
 
 
@@ -127,7 +127,7 @@ def test_ten_million_points():
     truth = hashgrid.encode_plain(x[some].double(), table.detach().double(), r)
     assert error(y[some], truth) < 1e-5
     y.backward(torch.ones_like(y))                                  # eight weights sum to one
-    assert torch.allclose(table.grad.double().sum(1), torch.full((16, 2), 1e7).double().cuda(), rtol=1e-5)
+    assert (table.grad.double().sum(1) / 1e7 - 1).abs().max() < 1e-5
 
 
 @each_device
@@ -143,10 +143,11 @@ def test_known_to_pytorch(device):
     check(op.pull.default, (x, table, g, [4, 9], None), test_utils=tests)
     check(op.scatter.default, (x, g, [4, 9], 64, None), test_utils=tests)
     offsets = torch.tensor([0, 4, 4, 9], device=device)
-    check(op.composite.default, (g[:, 0].detach().exp(), torch.rand(9, 3, device=device), g[:, 1].detach(),
-                                 offsets, 0.1, None, None), test_utils=tests)
-    compiled = torch.compile(lambda x, table: hash_encode(x, table, [4, 9]).sin(), backend="aot_eager",
-                             fullgraph=True)
+    sigma, values, t = torch.rand(9, 5, device=device).split([1, 3, 1], -1)
+    check(op.composite.default, (sigma[:, 0], values, t[:, 0], offsets, 0.1, None, None),
+          test_utils=tests)
+    compiled = torch.compile(lambda x, table: hash_encode(x, table, [4, 9]).sin(),
+                             backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x, table), hash_encode(x, table, [4, 9]).sin())
     grads = torch.autograd.grad(compiled(x, table).sum(), (x, table))
     truth = torch.autograd.grad(hash_encode(x, table, [4, 9]).sin().sum(), (x, table))
@@ -198,7 +199,7 @@ def test_march_against_plain(device):
     grid, shift = torch.rand(16, 16, 16) < 0.3, torch.rand(500)
     ours = hashgrid.march(*[x.to(device) for x in (o, d, grid, shift)], 0.013)
     truth = hashgrid.march_plain(o, d, grid, shift, 0.013)
-    counts = ours[0].cpu().diff() - truth[0].diff()                 # rounding: a sample at a cell's face
+    counts = ours[0].cpu().diff() - truth[0].diff()         # rounding: a sample at a cell's face
     assert (counts != 0).float().mean() < 0.05 and counts.abs().max() <= 2
     same = counts == 0
     for a, b in zip(ours[1:3], truth[1:3]):
@@ -211,7 +212,8 @@ def test_march_into_reserved_room(device):
     if not hashgrid.kernels(device):
         pytest.skip("no compiled kernels")
     o, d = (x.view(-1, 3) for x in rays(device=device))
-    args = o, d, torch.ones(8, 8, 8, dtype=torch.bool, device=device), torch.zeros(len(o), device=device), 0.1
+    grid = torch.ones(8, 8, 8, dtype=torch.bool, device=device)
+    args = o, d, grid, torch.zeros(len(o), device=device), 0.1
     offsets, t, x, total = hashgrid.march(*args)
     for room in (int(total) + 100, int(total) // 2):
         offsets2, t2, x2, total2 = hashgrid.march(*args, room)
@@ -247,9 +249,10 @@ def test_composite_against_float64(C, device):
         sums, w = f(sigma, values, t, offsets, 0.1)
         return sums, w, *torch.autograd.grad(sums, (sigma, values), g)
 
-    ours = derivatives(hashgrid.composite, *[x.to(device) for x in (sigma.clone(), values.clone(), t, offsets, g)])
-    truth = derivatives(hashgrid.composite_plain, sigma.double(), values.double(), t.double(), offsets,
-                        g.double())
+    ours = [x.clone().to(device) for x in (sigma, values, t, offsets, g)]
+    ours = derivatives(hashgrid.composite, *ours)
+    truth = derivatives(hashgrid.composite_plain, sigma.double(), values.double(), t.double(),
+                        offsets, g.double())
     assert all(error(a.cpu(), b) < 1e-5 for a, b in zip(ours, truth))
     assert not ours[1][26:300].any() and not ours[2][26:300].any()
 
@@ -274,13 +277,14 @@ def test_network_on_tensor_cores(N, width):
 
 
 @each_device
-@pytest.mark.parametrize("shading, normals", [("albedo", None), ("albedo", "finite"), ("diffuse", "analytic"),
-                                              ("textureless", "finite")])
+@pytest.mark.parametrize("shading, normals", [
+    ("albedo", None), ("albedo", "finite"), ("diffuse", "analytic"), ("textureless", "finite")])
 def test_render(shading, normals, device):
     model = NeRF(SMALL).to(device)
     o, d = rays(device=device)
     out = model.render(o, d, shading=shading, normals=normals)
-    assert out["rgb"].shape == (12, 12, 3) and out["opacity"].shape == out["depth"].shape == (12, 12, 1)
+    assert out["rgb"].shape == (12, 12, 3)
+    assert out["opacity"].shape == out["depth"].shape == (12, 12, 1)
     assert (0 <= out["rgb"]).all() and (out["rgb"] <= 1).all() and int(out["num_samples"]) > 0
     (out["rgb"].square().mean() + out.get("orientation", 0)).backward()
     for name, p in model.named_parameters():
@@ -307,7 +311,7 @@ def test_backgrounds_and_light():
     model = NeRF(SMALL).eval()
     o, d = rays()
     black, grey = model.render(o, d, background=0.0), model.render(o, d, background=[0.5, 0.5, 0.5])
-    assert torch.allclose(grey["rgb"] - black["rgb"], 0.5 * (1 - black["opacity"]).expand(-1, -1, 3))
+    assert torch.allclose(grey["rgb"] - black["rgb"], 0.5 - 0.5 * black["opacity"], atol=1e-6)
     assert (black["opacity"][0, 0] < 0.5) and (black["opacity"][6, 6] > 0.9)
     assert 1.2 < black["depth"][6, 6] < 2.7                         # between the box and its centre
     white = model.render(o, d, background=0.0, shading="textureless", ambient=1.0)
@@ -347,14 +351,15 @@ def test_compiled_and_plain_pictures_agree(monkeypatch):
 def test_occupancy():
     model = NeRF(SMALL)
     G, before = SMALL.occupancy, model.occupied().float().mean()
-    assert 0.05 < before < 0.2 and model.occupied()[G // 2, G // 2, G // 2] and not model.occupied()[0, 0, 0]
+    assert 0.05 < before < 0.2
+    assert model.occupied()[G // 2, G // 2, G // 2] and not model.occupied()[0, 0, 0]
     for step in (0, 16, 256):
         model.update_occupancy(step)
     assert abs(model.occupied().float().mean() - before) < 0.05
     same = model.occupancy.clone()
     model.update_occupancy(17)
     assert torch.equal(same, model.occupancy)
-    model.blob = lambda x: torch.full_like(x[:, 0], -20.0)          # everything is gone: it fades away
+    model.blob = lambda x: torch.full_like(x[:, 0], -20.0)          # all is gone: it fades
     for step in range(0, 4000, 16):
         model.update_occupancy(step)
     assert model.occupancy.max() < 1e-2
@@ -367,7 +372,7 @@ def test_training_on_the_gpu_reserves_room():
     model.update_occupancy(0)
     assert model.room * 64 * 64 > int(exact["num_samples"])
     reserved = model.render(o, d)
-    assert abs(int(reserved["num_samples"]) - int(exact["num_samples"])) < 0.2 * int(exact["num_samples"])
+    assert abs(int(reserved["num_samples"]) / int(exact["num_samples"]) - 1) < 0.2
     assert (reserved["opacity"] - exact["opacity"]).abs().mean() < 0.02
     (reserved["rgb"].mean()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -399,7 +404,7 @@ def test_bad_options():
 def test_fit_learns():
     model = NeRF(SMALL)
     o, d = rays(24)
-    image = torch.where((d[..., 1:2] > 0), torch.tensor([1.0, 0.2, 0.1]), torch.tensor([0.1, 0.3, 1.0]))
+    image = torch.where(d[..., 1:2] > 0, torch.tensor([1.0, 0.2, 0.1]), torch.tensor([0.1, 0.3, 1]))
     psnr = list(nerf.fit(model, image, o, d, 150, rays=256))
     assert psnr[-1] > psnr[0] + 5 and not model.training
 
@@ -433,7 +438,7 @@ def test_sphere_is_closed_outward_and_right():
     vertices, faces = nerf.marching_tetrahedra(ball(), 0.0)
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     there, back = edges @ torch.tensor([len(vertices), 1]), edges @ torch.tensor([1, len(vertices)])
-    assert len(there.unique()) == len(there)                        # each edge once in each direction
+    assert len(there.unique()) == len(there)                        # each edge once each way
     assert torch.equal(there.sort().values, back.sort().values)
     assert len(vertices) - len(edges) // 2 + len(faces) == 2        # Euler
     vertices = vertices * (2 / 47) - 1
@@ -453,7 +458,7 @@ def test_specks_go():
 
 def test_mesh_of_the_blob():
     model = NeRF(SMALL)
-    vertices, faces, colors = model.mesh(40, threshold=0.7)         # softplus(0) = 0.69 at radius 0.5
+    vertices, faces, colors = model.mesh(40, threshold=0.7)     # softplus(0) = 0.69, radius 0.5
     assert (vertices.norm(dim=-1) - 0.5).abs().max() < 0.03 and volume(vertices, faces) > 0.45
     assert colors.shape == vertices.shape and (0 <= colors).all() and (colors <= 1).all()
     assert len(model.mesh(32)[1])
@@ -482,9 +487,10 @@ def test_glb_and_obj_stand_upright_and_face_front(tmp_path):
 
     position = array(surface["attributes"]["POSITION"], torch.float32, 3)
     index = array(surface["indices"], torch.int32, 3).long()
-    assert position[2].tolist() == pytest.approx([0, .9, 0]) and position[3].tolist() == pytest.approx([0, .4, .5])
+    assert position[2].tolist() == pytest.approx([0, .9, 0])
+    assert position[3].tolist() == pytest.approx([0, .4, .5])
     assert torch.equal(index, faces) and volume(position, index) > 0            # not mirrored
-    linear = array(surface["attributes"]["COLOR_0"], torch.float32, 3)[0]       # glTF's colours are linear
+    linear = array(surface["attributes"]["COLOR_0"], torch.float32, 3)[0]   # glTF's are linear
     assert linear.tolist() == pytest.approx([1, 0.2140, 0], abs=1e-3)
     top = scene["accessors"][surface["attributes"]["POSITION"]]
     assert top["max"] == pytest.approx([.1, .9, .5]) and top["min"] == pytest.approx([-.1, 0, 0])
@@ -497,28 +503,31 @@ def test_glb_and_obj_stand_upright_and_face_front(tmp_path):
 
 # ---- Building
 
-SCRIPT = "import torch, hashgrid; print(hashgrid.hash_encode(torch.rand(5, 3), torch.ones(1, 8, 2), [2]).sum())"
+SCRIPT = """import torch, hashgrid
+print(hashgrid.hash_encode(torch.rand(5, 3), torch.ones(1, 8, 2), [2]).sum())"""
 
 
 def start(**environment):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=Path(__file__).parent.parent, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment)
+    environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], text=True, env=environment,
+                            cwd=Path(__file__).parent.parent,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_without_a_compiler_the_plain_version_serves(tmp_path):
-    out, err = start(PATH="", CXX="none", CUDA_VISIBLE_DEVICES="", TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()
+    out, err = start(PATH="", CXX="none", TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()
     assert "tensor(10." in out
     assert [line[:21] for line in err.splitlines() if "plain" in line] == ["nerf.py: the plain, s"]
 
 
 def test_two_builds_at_once_in_a_closed_home(tmp_path):
-    """The folder asked for cannot be made; two processes meet at the next; a broken build lies there."""
+    """The folder asked for cannot be made; two meet at the next; a broken build lies there."""
     if not hashgrid.kernels("cpu"):
         pytest.skip("no compiler")
     cache = tmp_path / f"mvdream-{os.getuid()}"
     (cache / "tmpbroken").mkdir(parents=True)
     (cache / "tmpbroken" / "lock").touch()
-    place = dict(TORCH_EXTENSIONS_DIR="/dev/null/cache", TMPDIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    place = dict(TORCH_EXTENSIONS_DIR="/dev/null/cache", TMPDIR=str(tmp_path))
     both = [start(**place), start(**place)]
     results = [p.communicate() for p in both]
     assert all("tensor(10." in out for out, _ in results)
