@@ -12,7 +12,7 @@ Letters: B objects, V views of each, N = B*V pictures, R rays a picture, P primi
 
 The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption says
 all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  `python data.py`
-draws them; `python data.py FOLDER` checks data of your own, whose form folders.py explains.
+draws them; `python data.py FOLDER` checks data of your own, whose form sources.py explains.
 """
 import functools
 import math
@@ -423,8 +423,8 @@ def contact_sheet(path):
 if __name__ == "__main__":
     try:
         if sys.argv[1:]:
-            import folders
-            print(folders.check(sys.argv[1], "outputs/data.png"), "\nA look at it: outputs/data.png")
+            import sources
+            print(sources.check(sys.argv[1], "outputs/data.png"), "\nA look at it: outputs/data.png")
         else:
             contact_sheet("outputs/toy_world.png")
             print("outputs/toy_world.png: every category of the toy world")

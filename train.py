@@ -5,117 +5,72 @@ the default run first makes a small stand-in for it and then does to that what t
 
   1 autoencoder    pictures -> latents and back
   2 base           text -> picture in 2D: what Stable Diffusion is to the paper
-  3 joint          each step, with probability 0.7 a batch of view sets (inflated attention, cameras),
-                   else a batch of single pictures (attention and camera embedding off)
+  3 joint          each step, with probability 0.7 a batch of view sets (inflated attention,
+                   cameras), else a batch of single pictures (attention and camera embedding off)
 
     L_MV(theta) = E_{x, y, c, t, eps} || eps - eps_theta(x_t; y, c, t) ||^2          (section 3.2)
+
+With a model and data of your own (sources.py explains their form) it is the third alone:
+
+    python train.py --model SD21 --data renders/ --images laion/
+    torchrun --nproc_per_node=8 train.py --model SD21 --data renders/ --images laion/
+    python train.py --model MVDREAM --dreambooth photos/ --subject "a photo of sks dog"
 
 Letters
   B    view sets in a batch          V    views in a set (1 in 2D steps)       N = B*V pictures
   x0   clean latents (N,4,h,w)       x_t  the same after t steps of noise      t (N,), eps (N,4,h,w)
-  y    caption tokens (B,77)         c    camera-to-world matrices (N,4,4), or None in 2D steps
+  y    captions: tokens (B,77), or encoded (B,77,C) where the text encoder is frozen
+  c    camera-to-world matrices (N,4,4), or None in 2D steps
 Run the same command again to go on where a run stopped: every random draw is a function of the seed
-and the step, so a resumed run is the unbroken run.
+and the step, so a resumed run is the unbroken run, on any number of GPUs.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 from mvdream import MVDream, camera_condition, train_tokenizer
+from sources import VIEWS, Folders, Photos, ToyPool
+from unet import ResBlock, TransformerBlock
 
-TINY = {                                        # the classes of Stable Diffusion 2.1, smaller numbers
-    "unet": dict(model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, attention_levels=(1, 2),
-                 num_head_channels=32, context_dim=128),
+TINY = {                                      # the classes of Stable Diffusion 2.1, smaller numbers
+    "unet": dict(model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1,
+                 attention_levels=(1, 2), num_head_channels=32, context_dim=128),
     "vae": dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=4, scale_factor=1.0),
     "text": dict(width=128, layers=4, heads=4, max_length=77),
     "image_size": 128, "prediction": "epsilon"}
 
+RUNS = {            # what is trained on, and what that needs unless flags say otherwise
+    "toy": dict(steps=12_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
+    "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
+    "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
+
+CPU = dict(batch=16)                            # the toy run's, without a GPU
+
 # Steps of each stage as shares of --steps.
 AUTOENCODER, BASE = 0.22, 0.16                  # the joint stage takes the rest
-VIEWS = 4
 
 
-# ---- data: a pool of toy-world pictures, rendered once ---------------------------------------------
-
-class ToyPool:
-    """The two training sets, rendered once and kept on the device; later, latents replace the pictures.
-
-    "3d"   pictures (S,V,3,H,W) uint8, cameras (S,V,4,4), tokens (S,77)       view sets
-    "2d"   pictures (M,1,3,H,W) uint8, no cameras,        tokens (M,77)       single pictures
-    """
-
-    def __init__(self, model, num_sets, num_singles, seed, device):
-        g, size = torch.Generator().manual_seed(seed), model.image_size
-        self.pictures, self.latents, self.cameras, self.tokens = {}, {}, {}, {}
-        self.empty = model.tokenize([""]).to(device)                      # the caption of guidance
-        with tqdm(total=num_sets * VIEWS + num_singles, desc="toy world", unit="picture") as bar:
-            for mode, count, views in (("3d", num_sets, VIEWS), ("2d", num_singles, 1)):
-                parts = []
-                for n in [256] * (count // 256) + [count % 256] * (count % 256 > 0):
-                    if mode == "3d":
-                        images, c2w, captions = data.toy_views(n, VIEWS, size, g, device)
-                    else:
-                        (images, captions), c2w = data.toy_pictures(n, size, g, device), None
-                    parts.append((to_bytes(images).unflatten(0, (n, views)), model.tokenize(captions),
-                                  c2w if c2w is None else c2w.unflatten(0, (n, views))))
-                    bar.update(n * views)
-                pictures, tokens, cameras = zip(*parts)
-                self.pictures[mode] = torch.cat(pictures)
-                self.tokens[mode] = torch.cat(tokens).to(device)
-                self.cameras[mode] = None if mode == "2d" else torch.cat(cameras).to(device)
-
-    def images(self, n, generator):
-        """n random pictures, 3D and 2D alike: (n,3,H,W) in [-1,1]."""
-        parts = []
-        for pictures, share in ((self.pictures["3d"], n // 2), (self.pictures["2d"], n - n // 2)):
-            flat = pictures.flatten(0, 1)
-            pick = torch.randint(len(flat), (share,), generator=generator, device=flat.device)
-            parts.append(from_bytes(flat[pick]))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def encode(self, vae, encode):
-        """Latents take the pictures' place. `encode` is vae.encode, or that compiled."""
-        for mode, pictures in self.pictures.items():
-            flat, scale = pictures.flatten(0, 1), vae.config.scale_factor
-            latents = [(encode(from_bytes(chunk))[0] * scale).half()
-                       for chunk in tqdm(flat.split(256), desc=f"{mode} latents")]
-            self.latents[mode] = torch.cat(latents).unflatten(0, pictures.shape[:2])
-        self.pictures.clear()                   # conserve memory
-
-    def batch(self, mode, n, generator):
-        """n pictures as whole view sets -> x0 (n,4,h,w), tokens (n/V,77), c2w (n,4,4) or None, V."""
-        views = self.latents[mode].shape[1]
-        pick = torch.randint(len(self.latents[mode]), (n // views,), generator=generator,
-                             device=self.latents[mode].device)
-        c2w = self.cameras[mode][pick].flatten(0, 1) if mode == "3d" else None
-        return self.latents[mode][pick].flatten(0, 1).float(), self.tokens[mode][pick], c2w, views
-
-
-def to_bytes(images):
-    return ((images + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_bytes(images):
-    return images.float() / 127.5 - 1
-
-
-# ---- losses ----------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 def autoencoder_loss(vae, x, noise):
-    """L1 + 2 L2 + L1 of the picture's gradients + 1e-4 KL(q(z|x) || N(0,1)), per picture element."""
+    """L1 + 2 L2 + L1 of the picture's gradients + 1e-4 KL(q(z|x) || N(0,1)), each a mean."""
     mean, logvar = vae.encode(x)
     y = vae.decode(mean + noise * torch.exp(0.5 * logvar))
     error = y.float() - x
@@ -140,38 +95,87 @@ def standardise(vae, images):
     vae.config.scale_factor = 1.0
 
 
-def diffusion_loss(model, x0, tokens, t, eps, c2w, num_views):
+def diffusion_loss(model, x0, y, t, eps, c2w, num_views):
     """L_MV, section 3.2. t (B,): one timestep for all views of a set; eps: independent per view."""
     t = t.repeat_interleave(num_views)                                    # (B,) -> (N,)
     x_t = model.schedule.add_noise(x0, t, eps)
-    context = model.text_encoder(tokens).repeat_interleave(num_views, 0)  # (B,77,C) -> (N,77,C)
+    context = y if y.is_floating_point() else model.text_encoder(y)
+    context = context.repeat_interleave(num_views, 0)                     # (B,77,C) -> (N,77,C)
     camera = None if c2w is None else camera_condition(c2w)
     target = model.schedule.target(x0, t, eps)                            # eps itself, or v
     return F.mse_loss(model.unet(x_t, t, context, camera, num_views).float(), target)
 
 
-def draw(model, pool, mode, args, generator):
-    """One batch with its noise: all that diffusion_loss needs, drawn on the device."""
-    x0, tokens, c2w, views = pool.batch(mode, args.batch, generator)
-    device, B = x0.device, len(tokens)
-    t = torch.randint(1000, (B,), generator=generator, device=device)
-    eps = torch.randn(x0.shape, generator=generator, device=device)
-    drop = torch.rand(B, 1, generator=generator, device=device) < 0.1     # for guidance: no caption
-    return x0, torch.where(drop, pool.empty, tokens), t, eps, c2w, views
+def preservation(theta, theta_0):
+    """|theta - theta_0|_1 / N of DreamBooth: it keeps the model from forgetting all else."""
+    distance = sum((p - p_0).abs().sum() for p, p_0 in zip(theta, theta_0))
+    return distance / sum(p.numel() for p in theta)
 
 
-# ---- the loop --------------------------------------------------------------------------------------
+class Loss(torch.nn.Module):
+    """L_MV, or DreamBooth's L_LDM + lambda |theta - theta_0|_1 / N, as a module, for DDP."""
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over 2 % of the steps, then half a cosine down to 2 % of the peak."""
+    def __init__(self, model, loss, theta, theta_0, args):
+        super().__init__()
+        self.model, self.loss, self.weight = model, loss, args.preserve
+        self.theta, self.theta_0 = theta, theta_0
+
+    def forward(self, *batch):
+        loss = self.loss(self.model, *batch)
+        return loss + self.weight * preservation(self.theta, self.theta_0) if self.theta_0 else loss
+
+
+def shares(mode, args):
+    """This rank's parts of a step's sets, one for each time that it accumulates gradients."""
+    if mode is None:                            # the autoencoder's pictures are few
+        return [slice(None)]
+    n = args.batch // (VIEWS if mode == "3d" else 1) // (args.ranks * args.accumulate)
+    first = args.rank * args.accumulate
+    return [slice(k * n, (k + 1) * n) for k in range(first, first + args.accumulate)]
+
+
+def plan(args, mode, first):
+    """What this rank draws in the steps of a mode from step `first` on: lists of (step, place)."""
+    for step in range(first, args.steps):
+        if stage_of(step, args)[1] == mode:
+            for part in shares(mode, args):
+                yield [(step, place) for place in range(part.start, part.stop)]
+
+
+def draw_pictures(model, source, step, args):
+    """A batch for the autoencoder, with the noise of its latents."""
+    g, h = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), model.latent_size
+    x = source.images(max(4, args.batch // 8), g).contiguous(memory_format=torch.channels_last)
+    return model.vae, x, torch.randn(len(x), 4, h, h, generator=g, device=args.device)
+
+
+def draw(source, mode, step, part, args):
+    """Part of a step's batch with its noise: all that diffusion_loss needs, drawn on the device.
+    The whole batch's noise is drawn, so that it is the same however many ranks share it."""
+    views, device = VIEWS if mode == "3d" else 1, args.device
+    g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+    x0, y, c2w = source.batch(mode, step, part, g)
+    B = args.batch // views
+    t = torch.randint(1000, (B,), generator=g, device=device)[part]
+    eps = torch.randn(B, views, *x0.shape[1:], generator=g, device=device)[part].flatten(0, 1)
+    drop = torch.rand(B, generator=g, device=device)[part] < args.drop    # for guidance: no caption
+    y = torch.where(drop.view(-1, *[1] * (y.dim() - 1)), source.empty, y)
+    return x0, y, t, eps, c2w, views
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, floor=0.02):
+    """Linear warm-up over 2 % of the steps, then half a cosine down to `floor` times the peak."""
     warmup = max(1, steps // 50)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return peak * (floor + (1 - floor) * cosine)
 
 
 def stage_of(step, args):
-    """Which stage a step belongs to, and whether its batch is 3D: a function of step and seed only."""
+    """A step's stage, and whether its batch is 3D: a function of step and seed only."""
     if step < args.autoencoder_steps:
         return "autoencoder", None
     if step < args.autoencoder_steps + args.base_steps:
@@ -180,29 +184,32 @@ def stage_of(step, args):
     return "joint", "3d" if coin < args.mix else "2d"
 
 
-def train(model, pool, args):
-    """All three stages. Yields nothing, returns nothing: the result is in args.out."""
-    device = next(model.parameters()).device
-    gpu = device.type == "cuda"
+def train(model, source, args):
+    """All stages. Yields nothing, returns nothing: the result is in the model and in args.out."""
+    device, gpu = args.device, is_gpu(args)
+    learning = [model.unet, model.text_encoder] if args.train_text else [model.unet]
     groups = {"autoencoder": list(model.vae.parameters()),
-              "diffusion": [*model.unet.parameters(), *model.text_encoder.parameters()]}
+              "diffusion": [p for network in learning for p in network.parameters()]}
+    theta_0 = [p.detach().clone() for p in groups["diffusion"]] if args.dreambooth else None
     if gpu:
-        torch.set_float32_matmul_precision("high")                        # TF32 where bf16 is not used
+        torch.set_float32_matmul_precision("high")                      # TF32 where no bf16
         model.vae.to(memory_format=torch.channels_last)
         model.unet.to(memory_format=torch.channels_last)
+    if args.recompute:
+        recompute_activations(model.unet)
 
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=gpu)
+    def autocast(half=True):
+        return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=gpu and half)
 
     compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
-    vae_loss, noise_loss = compiled(autoencoder_loss), compiled(diffusion_loss)
-
     phase, optimizer, ema, losses, began = None, None, None, [], time.time()
     saved = began
-    start, state = load_checkpoint(model, args, device)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", unit="step")
-    stop = []                                   # Ctrl-C lets the step end, so that all weights agree
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    start, state = load_checkpoint(model, args)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training",
+               unit="step", disable=args.rank > 0)
+    stop = []                                 # Ctrl-C lets the step end, so that all weights agree
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
     for step in bar:
         stage, mode = stage_of(step, args)
 
@@ -211,10 +218,17 @@ def train(model, pool, args):
             if phase == "diffusion" and ema is not None:
                 swap(groups["autoencoder"], ema)                      # the average is what we keep
                 g = torch.Generator(device).manual_seed(args.seed)
-                standardise(model.vae, [pool.images(128, g) for _ in range(8)])
+                standardise(model.vae, [source.images(128, g) for _ in range(8)])
+            model.requires_grad_(False)
+            parameters = [p.requires_grad_() for p in groups[phase]]
+            objective = compiled(autoencoder_loss)
             if phase == "diffusion":
-                pool.encode(model.vae, compiled(model.vae.encode))
-            parameters = groups[phase]
+                objective = Loss(model, compiled(diffusion_loss), parameters, theta_0, args)
+                if args.ranks > 1:                                    # averages the gradients
+                    objective = DistributedDataParallel(objective, broadcast_buffers=False,
+                                                        find_unused_parameters=True)
+                with autocast(source.half):
+                    source.begin(compiled(model.vae.encode))
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01,
                                           fused=gpu)
             ema = [p.detach().clone() for p in parameters]
@@ -222,37 +236,37 @@ def train(model, pool, args):
                 optimizer.load_state_dict(state["optimizer"])
                 ema, state = [e.to(device) for e in state["ema"]], None
 
-        # One step. The generator is seeded by the step, so resuming repeats nothing.
-        g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-        with autocast():
-            if phase == "autoencoder":
-                x = pool.images(max(4, args.batch // 8), g).contiguous(
-                    memory_format=torch.channels_last)
-                h = model.latent_size
-                loss = vae_loss(model.vae, x, torch.randn(len(x), 4, h, h, generator=g, device=device))
-            else:
-                loss = noise_loss(model, *draw(model, pool, mode, args, g))
-        loss.backward()
+        # One step. Its batch is a function of the seed and the step, so resuming repeats nothing.
+        for part in (parts := shares(mode, args)):
+            apart = args.ranks > 1 and mode and part is not parts[-1]  # ranks meet once a step
+            with autocast(), objective.no_sync() if apart else contextlib.nullcontext():
+                batch = draw(source, mode, step, part, args) if mode else draw_pictures(
+                    model, source, step, args)
+                loss = objective(*batch)
+            (loss / len(parts)).backward()
+            losses.append((mode or "vae", loss.detach()))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         first, count = ((0, args.autoencoder_steps) if phase == "autoencoder" else
                         (args.autoencoder_steps, args.steps - args.autoencoder_steps))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - first, count, args.lr)
+            group["lr"] = learning_rate(step - first, count, args.lr, args.floor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():                                         # moving average, warmed up
-            torch._foreach_lerp_(ema, parameters, 1 - min(0.999, (1 + step - first) / (10 + step - first)))
+            decay = min(0.999, (1 + step - first) / (10 + step - first))
+            torch._foreach_lerp_(ema, parameters, 1 - decay)
 
         # Report. Reading the losses waits for the device, so it is done every 50 steps.
-        losses.append((mode or "vae", loss.detach()))
         if step % args.report == args.report - 1 or step == args.steps - 1:
             means = {k: torch.stack([v for m, v in losses if m == k]).mean().item()
                      for k in sorted({m for m, _ in losses})}
             losses.clear()
-            bar.set_postfix(stage=stage, **{k: f"{v:.4f}" for k, v in means.items()})
-            log(args.out, step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr")
+            bar.set_postfix(stage=stage, **{k: f"{v:.4f}" for k, v in means.items()})
+            log(args, step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
+        if args.rank > 0:                                             # the rest is one rank's work
+            continue
         if (stop or time.time() - saved > args.save_every) and step + 1 < args.steps:
             save_checkpoint(model, optimizer, ema, step + 1, args)
             saved = time.time()
@@ -261,7 +275,7 @@ def train(model, pool, args):
                 sys.exit(f"Stopped after step {step + 1}; the same command goes on from there.")
         if phase == "diffusion" and (step + 1) % args.sample_every == 0:
             swap(parameters, ema)
-            sample_sheet(model, args.out / f"samples_{step + 1:06d}.png")
+            sample_sheet(model, args.out / f"samples_{step + 1:06d}.png", source.prompts)
             swap(parameters, ema)
     swap(parameters, ema)
 
@@ -275,54 +289,89 @@ def swap(parameters, ema):
         e.copy_(p_old)
 
 
-# ---- files -----------------------------------------------------------------------------------------
+def recompute_activations(unet):
+    """Keep only what enters each block, and compute it once more in the backward pass."""
+    for block in unet.modules():
+        if isinstance(block, (ResBlock, TransformerBlock)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
-def log(out, **values):
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(values) + "\n")
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def log(args, **values):
+    if args.rank == 0:
+        with open(args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def save_checkpoint(model, optimizer, ema, step, args):
-    """Everything a run needs to go on. Written beside its place, then renamed: never half a file."""
-    path = args.out / "checkpoint.pt"
-    torch.save({"step": step, "settings": args.settings, "model": model.state_dict(),
-                "ema": ema, "optimizer": optimizer.state_dict()}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """Everything a run needs to go on. Written beside its place, then renamed: never half a file;
+    and the one before is kept."""
+    new, path, old = (args.out / f"checkpoint{end}" for end in (".tmp", ".pt", "_before.pt"))
+    try:
+        with open(new, "wb") as file:
+            torch.save({"step": step, "settings": args.settings, "model": model.state_dict(),
+                        "ema": ema, "optimizer": optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                          # torch's own writer has this
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written after step {step} ({error}): make room on the "
+                      "disk; the same command goes on from the checkpoint before") from error
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
 
 
-def load_checkpoint(model, args, device):
-    path = args.out / "checkpoint.pt"
-    if not path.exists():
+def load_checkpoint(model, args):
+    paths = [args.out / "checkpoint.pt", args.out / "checkpoint_before.pt"]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return 0, None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     changed = [k for k, v in args.settings.items() if state["settings"].get(k) != v]
     if changed:
-        raise ValueError(f"{path} was made with another --{changed[0]}: "
-                         f"repeat the old value ({state['settings'].get(changed[0])}) or take another --out")
+        raise ValueError(
+            f"{path} was made with another --{changed[0].replace('_', '-')}: repeat the old value "
+            f"({state['settings'].get(changed[0])}) or take another --out")
+    sizes, saved = ({k: tuple(v.shape) for k, v in d.items()}
+                    for d in (model.state_dict(), state["model"]))
+    other = [k for k in sizes | saved if sizes.get(k) != saved.get(k)]
+    if other:
+        raise ValueError(f"{path} holds a model of other sizes ({other[0]}: {saved.get(other[0])}, "
+                         f"here {sizes.get(other[0])}): take another --out, or the model of then")
     model.load_state_dict(state["model"])
     return state["step"], state
 
 
 @torch.no_grad()
-def sample_sheet(model, path, prompts=("a red robot wearing a blue hat", "a green car with white wheels",
-                                       "a purple bear", "a house", "a yellow duck wearing a pink scarf",
-                                       "a blue rocket")):
+def sample_sheet(model, path, prompts):
     """Four views of a few prompts, one row each."""
-    views = model.sample([p + ", 3d asset" for p in prompts], data.orbit_cameras(VIEWS, 15.0),
-                         steps=20, guidance_scale=3.0)
-    sheet = views.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)        # (B,V,3,H,W) -> (B*H,V*W,3)
+    views = model.sample(prompts, data.orbit_cameras(VIEWS, 15.0), steps=20, guidance_scale=3.0)
+    sheet = views.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)   # (B,V,3,H,W) -> (B*H,V*W,3)
     Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()).save(path)
 
 
-# ---- command line ----------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, help="fine-tune this model: the joint stage alone")
-    add("--steps", type=int, default=12_000, help="of all stages together (default %(default)s)")
-    add("--batch", type=int, help="pictures a step (default 512 on a GPU, 16 without)")
-    add("--lr", type=float, default=6e-4, help="peak learning rate (default %(default)s)")
+    add("--data", type=Path, help="folder of rendered view sets")
+    add("--images", type=Path, help="folder of captioned pictures, for the 2D steps")
+    add("--dreambooth", type=Path, help="folder of a few photos of the --subject")
+    add("--subject", help='what the photos show: "a photo of sks dog"')
+    add("--preserve", type=float, default=1.0, help="DreamBooth's lambda (default %(default)s)")
+    add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
+    add("--steps", type=int, help="of all stages (default 12000; folders 50000; photos 600)")
+    add("--batch", type=int, help="pictures a step, on all devices together (default 512 on a GPU, "
+        "16 without; folders 4096; photos 4)")
+    add("--micro", type=int, help="pictures at a time on one device (default: its share of a "
+        "batch; folders 32)")
+    add("--recompute", action="store_true", help="less memory, a third more time")
+    add("--workers", type=int, help="processes that read pictures (default: 8 at most; 0 on a CPU)")
+    add("--lr", type=float, help="peak learning rate (default 6e-4; folders 1e-4; photos 2e-6)")
     add("--mix", type=float, default=0.7, help="share of multi-view steps (paper: 0.7)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("outputs/train"), help="folder (default %(default)s)")
@@ -331,63 +380,112 @@ def parse(argv=None):
         help="how views see each other (default: the paper's choice)")
     add("--camera", default="time", choices=("time", "text", "none"),
         help="where the camera enters (default: the paper's choice)")
-    add("--sets", type=int, help="view sets to render (default: what the steps can use, 40000 at most)")
-    add("--save-every", type=float, default=60, help="seconds between checkpoints")
+    add("--sets", type=int, help="toy sets to render (default: what the steps use, 40000 at most)")
+    add("--save-every", type=float, help="seconds between checkpoints (default 60; folders 1800)")
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
-    if args.steps < 10:
-        raise ValueError(f"--steps {args.steps}: the three stages need at least 10 steps")
-    if args.lr <= 0:
-        raise ValueError(f"--lr {args.lr}: a learning rate is above 0")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"
+    args.rank, args.ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    here = "cuda:" + os.environ["LOCAL_RANK"] if args.ranks > 1 else "cuda"
+    args.device = args.device or (here if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device} is not here: leave it out, or take cpu") from None
-    gpu = args.device.startswith("cuda")
-    args.batch = args.batch or (512 if gpu else 16)
-    if args.batch % VIEWS:
-        raise ValueError(f"--batch {args.batch} cannot be divided into sets of {VIEWS} views")
-    if not 0 <= args.mix <= 1:
-        raise ValueError(f"--mix {args.mix} is a probability: between 0 and 1")
-    fresh = not args.model                      # a given model has its autoencoder and its 2D base
+    gpu = is_gpu(args)
+    for key, value in (RUNS[args.kind] | (CPU if args.kind == "toy" and not gpu else {})).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    fresh, share = not args.model, args.batch // args.ranks     # fresh: no autoencoder, no 2D base
+    args.micro = args.micro or (min(32, share) if args.kind == "folders" else share)
+    args.accumulate = share // max(1, args.micro)
+    args.mix = 0.0 if not args.data and args.kind != "toy" else 1.0 if (
+        args.data and not args.images) else args.mix
     args.autoencoder_steps = int(AUTOENCODER * args.steps * fresh)
     args.base_steps = int(BASE * args.steps * fresh)
+    args.train_text = args.train_text or args.kind == "toy"
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() // args.ranks) if gpu else 0
     seen = (args.steps - args.autoencoder_steps) * args.batch // VIEWS
     args.sets = args.sets or max(16, min(seen, 40_000 if gpu else 2_000))
     args.report = 50 if gpu else 5
-    args.settings = {k: getattr(args, k) for k in
-                     ("steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets")}
+    args.settings = {k: getattr(args, k) for k in (
+        "steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets", "train_text",
+        "preserve")}
+    refuse(args)
     return args
+
+
+def refuse(args):
+    """What cannot be, in one sentence each."""
+    unit = VIEWS if args.mix > 0 else 1
+    for wrong, sentence in (
+            (args.steps < 10, f"--steps {args.steps}: the three stages need at least 10 steps"),
+            (args.lr <= 0, f"--lr {args.lr}: a learning rate is above 0"),
+            (not 0 <= args.mix <= 1, f"--mix {args.mix} is a probability: between 0 and 1"),
+            (args.batch < 1 or args.batch % unit,
+             f"--batch {args.batch} cannot be divided into sets of {VIEWS} views"),
+            (args.micro < 1 or args.micro % unit or args.ranks * args.accumulate * args.micro
+             != args.batch, f"--batch {args.batch} on {args.ranks} devices cannot be divided into "
+             f"--micro {args.micro} pictures at a time, a multiple of {unit}"),
+            (args.kind != "toy" and not args.model, "--data, --images, --dreambooth go on from a "
+             "model: say which with --model (weights/tiny, or Stable Diffusion 2.1's)"),
+            (args.dreambooth and (args.data or args.images), "--dreambooth takes photos alone: "
+             "leave out --data and --images"),
+            (bool(args.dreambooth) != bool(args.subject), "--dreambooth photos/ and --subject "
+             '"a photo of sks dog" belong together: give both')):
+        if wrong:
+            raise ValueError(sentence)
+
+
+def is_gpu(args):
+    return args.device.startswith("cuda")
+
+
+def new_model(args):
+    """The tiny model, its vocabulary all words of the toy world's captions."""
+    captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(captions, Path(folder))
+    unet = {**TINY["unet"], "attention": args.attention, "camera": args.camera}
+    text = {**TINY["text"], "vocab_size": len(tokenizer.vocab)}
+    return MVDream.from_config({**TINY, "unet": unet, "text": text}, tokenizer)
 
 
 def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    if args.model:
-        model = MVDream.from_pretrained(args.model)
-    else:
-        captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
-        tokenizer = train_tokenizer(captions, args.out / "tokenizer")
-        unet = {**TINY["unet"], "attention": args.attention, "camera": args.camera}
-        text = {**TINY["text"], "vocab_size": len(tokenizer.vocab)}
-        model = MVDream.from_config({**TINY, "unet": unet, "text": text}, tokenizer)
+    if is_gpu(args):
+        torch.cuda.set_device(args.device)
+        data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
+    if args.ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if is_gpu(args) else "gloo")
+    model = MVDream.from_pretrained(args.model) if args.model else new_model(args)
+    model.image_size = min(256, model.image_size)                         # the paper's fine-tuning
     model.to(args.device)
     began = time.time()
-    if args.device.startswith("cuda"):
-        data.trace = torch.compile(data.trace, dynamic=False)             # ten times faster rendering
-    pool = ToyPool(model, args.sets, 2 * args.sets, args.seed, args.device)
-    train(model, pool, args)
-    sample_sheet(model, args.out / "samples.png")
-    model.half().save_pretrained(args.out)
-    print(f"Trained in {time.time() - began:.0f} s. The model is in {args.out}/: "
-          f'python generate.py "a red robot" --model {args.out}')
+    source = (ToyPool(model, args) if args.kind == "toy" else
+              Photos(model, args) if args.kind == "photos" else
+              Folders(model, args, functools.partial(plan, args)))
+    if args.rank == 0 and args.kind != "toy":
+        print(source)
+    train(model, source, args)
+    if source.broken:
+        print(source)
+    if args.rank == 0:
+        sample_sheet(model, args.out / "samples.png", source.prompts)
+        model.half().save_pretrained(args.out)
+        prompt = source.prompts[0].removesuffix(", 3d asset")
+        print(f"Trained in {time.time() - began:.0f} s. The model is in {args.out}/: "
+              f'python generate.py "{prompt}" --model {args.out}')
+    if args.ranks > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)

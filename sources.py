@@ -1,4 +1,4 @@
-"""Data from outside: rendered view sets and captioned pictures, checked once and drawn at random.
+"""Where training's batches come from: the toy world, folders of your own, photos of one subject.
 
 MVDream trains on renders of Objaverse, sets of four evenly spaced views, and on a part of LAION.
 Both are folders here; tar shards are read where they lie, and nothing is ever unpacked:
@@ -20,12 +20,17 @@ import csv
 import io
 import json
 import os
+import signal
 import tarfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+import data
+
+VIEWS = 4                                       # of a set
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
 
 
@@ -85,7 +90,7 @@ class ViewSets(Samples):
     (uid, caption) for all.  The cameras are this project's, at any distance and fov."""
     kind, wanted = "objects", "a folder an object: transforms.json, pictures, caption.txt"
 
-    def __init__(self, folder, num_views=4, size=256):
+    def __init__(self, folder, num_views=VIEWS, size=256):
         self.num_views = num_views
         super().__init__(folder, size)
 
@@ -231,6 +236,177 @@ class Draws(torch.utils.data.Dataset):
             except (ValueError, OSError) as error:
                 broken.append(str(error))
         raise ValueError(f"{self.samples.folder}: 100 broken samples in a row, last: {broken[-1]}")
+
+
+# ---- Sources of batches --------------------------------------------------------------------------
+# begin(encode)   called once the autoencoder is final; `encode` is vae.encode, or that compiled
+# batch(mode, step, part, generator) -> x0 (N,4,h,w), y (B,...), c2w (N,4,4) or None
+#                 a part (slice) of the step's view sets (mode "3d") or single pictures ("2d")
+# empty, prompts  y of the empty caption, for guidance; captions to draw samples of
+# half            whether begin and batch run the autoencoder in half precision
+# broken          what could not be read on the way
+
+class ToyPool:
+    """The toy world's two sets, rendered once and kept on the device; latents replace the pictures.
+
+    "3d"   pictures (S,V,3,H,W) uint8, cameras (S,V,4,4), tokens (S,77)       view sets
+    "2d"   pictures (M,1,3,H,W) uint8, no cameras,        tokens (M,77)       single pictures
+    """
+    half, broken = False, ()
+    prompts = [p + ", 3d asset" for p in (
+        "a red robot wearing a blue hat", "a green car with white wheels", "a purple bear",
+        "a house", "a yellow duck wearing a pink scarf", "a blue rocket")]
+
+    def __init__(self, model, args):
+        g, size, device = torch.Generator().manual_seed(args.seed), model.image_size, args.device
+        self.pictures, self.latents, self.cameras, self.tokens = {}, {}, {}, {}
+        self.model, self.args = model, args
+        self.empty = model.tokenize([""]).to(device)                      # the caption of guidance
+        with tqdm(total=(VIEWS + 2) * args.sets, desc="toy world", unit="picture",
+                  disable=args.rank > 0) as bar:
+            for mode, count, views in (("3d", args.sets, VIEWS), ("2d", 2 * args.sets, 1)):
+                parts = []
+                for n in [256] * (count // 256) + [count % 256] * (count % 256 > 0):
+                    if mode == "3d":
+                        images, c2w, captions = data.toy_views(n, VIEWS, size, g, device)
+                    else:
+                        (images, captions), c2w = data.toy_pictures(n, size, g, device), None
+                    images = to_bytes(images).unflatten(0, (n, views))
+                    parts.append((images, model.tokenize(captions),
+                                  c2w if c2w is None else c2w.unflatten(0, (n, views))))
+                    bar.update(n * views)
+                pictures, tokens, cameras = zip(*parts)
+                self.pictures[mode] = torch.cat(pictures)
+                self.tokens[mode] = torch.cat(tokens).to(device)
+                self.cameras[mode] = None if mode == "2d" else torch.cat(cameras).to(device)
+
+    def images(self, n, generator):
+        """n random pictures, 3D and 2D alike: (n,3,H,W) in [-1,1]."""
+        parts = []
+        for pictures, share in ((self.pictures["3d"], n // 2), (self.pictures["2d"], n - n // 2)):
+            flat = pictures.flatten(0, 1)
+            pick = torch.randint(len(flat), (share,), generator=generator, device=flat.device)
+            parts.append(from_bytes(flat[pick]))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def begin(self, encode):
+        for mode, pictures in self.pictures.items():
+            flat, scale = pictures.flatten(0, 1), self.model.vae.config.scale_factor
+            latents = [(encode(from_bytes(chunk))[0] * scale).half()
+                       for chunk in tqdm(flat.split(256), desc=f"{mode} latents",
+                                         disable=self.args.rank > 0)]
+            self.latents[mode] = torch.cat(latents).unflatten(0, pictures.shape[:2])
+        self.pictures.clear()                   # conserve memory
+
+    def batch(self, mode, step, part, generator):
+        latents = self.latents[mode]
+        pick = torch.randint(len(latents), (self.args.batch // latents.shape[1],),
+                             generator=generator, device=latents.device)[part]
+        c2w = self.cameras[mode][pick].flatten(0, 1) if mode == "3d" else None
+        return latents[pick].flatten(0, 1).float(), self.tokens[mode][pick], c2w
+
+
+class Folders:
+    """--data and --images: view sets and captioned pictures, read by workers ahead of the steps.
+    plan(mode, step) yields what to draw in this mode from that step on: lists of Draws' keys."""
+    half = True                                 # pictures are encoded in half precision
+
+    def __init__(self, model, args, plan):
+        self.model, self.args, self.plan, self.known, self.readers = model, args, plan, {}, {}
+        self.kinds = {"3d": args.data and ViewSets(args.data, size=model.image_size),
+                      "2d": args.images and Pictures(args.images, model.image_size)}
+        shown = self.kinds["3d"] or self.kinds["2d"]
+        self.prompts = [f"{item[-1]}, 3d asset" for item in shown.items[:6]]
+        self.empty, self.broken = encode_captions([""], model, args, self.known), set()
+
+    def begin(self, encode):
+        self.encode = encode
+
+    @torch.no_grad()
+    def batch(self, mode, step, part, generator):
+        if mode not in self.readers:
+            self.readers[mode] = reader(self.kinds[mode], self.args, self.plan(mode, step))
+        images, c2w, captions, broken = next(self.readers[mode])
+        self.broken.update(broken)
+        mean, _ = self.encode(from_bytes(images.to(self.args.device, non_blocking=True)))
+        c2w = None if c2w is None else c2w.to(self.args.device, non_blocking=True)
+        y = encode_captions(captions, self.model, self.args, self.known)
+        return mean.float() * self.model.vae.config.scale_factor, y, c2w
+
+    def __str__(self):
+        lines = [str(kind) for kind in self.kinds.values() if kind]
+        if self.broken:
+            lines.append(f"{len(self.broken)} left out while training (first {min(self.broken)})")
+        return "\n".join(lines)
+
+
+class Photos:
+    """--dreambooth: a few photos of one subject, always in 2D mode, encoded once."""
+    half, broken = True, ()
+
+    def __init__(self, model, args):
+        self.photos = Pictures(args.dreambooth, model.image_size, args.subject)
+        g = torch.Generator().manual_seed(args.seed)
+        images = torch.cat([self.photos.load(i, g)[0] for i in range(len(self.photos))])
+        self.images, self.scale = images.to(args.device), model.vae.config.scale_factor
+        self.count, self.prompts = args.batch, [args.subject, args.subject + ", 3d asset"]
+        self.empty, self.y = encode_captions(["", args.subject], model, args, {}).split(1)
+
+    @torch.no_grad()
+    def begin(self, encode):
+        means = [encode(from_bytes(image))[0] for image in self.images.split(1)]
+        self.latents = self.scale * torch.cat(means).float()
+
+    def batch(self, mode, step, part, generator):
+        pick = torch.randint(len(self.latents), (self.count,), generator=generator,
+                             device=self.latents.device)[part]
+        return self.latents[pick], self.y.expand(len(pick), *self.y.shape[1:]), None
+
+    def __str__(self):
+        return str(self.photos)
+
+
+@torch.no_grad()
+def encode_captions(captions, model, args, known):
+    """Tokens (B,77) where the text encoder learns; else encoded (B,77,C), each once: `known`
+    {caption: (77,C)} keeps the last 10,000, which is 160 kB each at full size."""
+    if args.train_text:
+        return model.tokenize(captions).to(args.device)
+    new = [caption for caption in dict.fromkeys(captions) if caption not in known]
+    size = 1 if args.device == "cpu" else 64    # alone, a caption gives the same bits in any batch
+    for i in range(0, len(new), size):
+        known.update(zip(new[i:i + size], model.encode_text(new[i:i + size]).half().cpu()))
+    y = torch.stack([known[caption] for caption in captions]).to(args.device).float()
+    for caption in list(known)[:-10_000]:
+        del known[caption]
+    return y
+
+
+def reader(samples, args, keys):
+    """-> for each list of keys: pictures (N,3,H,W) uint8, c2w (N,4,4) or None, captions, broken"""
+    draws = Draws(samples, args.seed)
+    return iter(torch.utils.data.DataLoader(
+        draws, batch_sampler=keys, num_workers=args.workers, collate_fn=collate,
+        pin_memory=args.device.startswith("cuda"), worker_init_fn=ignore_ctrl_c))
+
+
+def collate(samples):
+    images, cameras, captions, broken = zip(*samples)
+    c2w = None if cameras[0] is None else torch.cat(cameras)
+    return torch.cat(images), c2w, captions, sum(broken, [])
+
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the run itself ends its step and stops
+
+
+def to_bytes(images):
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(images):
+    return images.float() / 127.5 - 1
 
 
 # ---- A look at a folder --------------------------------------------------------------------------

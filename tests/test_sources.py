@@ -1,4 +1,4 @@
-"""folders.py: sets chosen by hand-worked angles, the pictures and captions that arrive, draws that
+"""sources.py: sets chosen by hand-worked angles, the pictures and captions that arrive, draws that
 depend on nothing but seed and step, and what broken data gets."""
 import io
 import json
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-import folders
+import sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +65,7 @@ def azimuths(c2w):
 
 def test_a_set_goes_around_from_a_random_start(tmp_path):
     write_object(tmp_path / "chair")
-    sets, starts = folders.ViewSets(tmp_path, size=16), set()
+    sets, starts = sources.ViewSets(tmp_path, size=16), set()
     for seed in range(40):
         images, c2w, caption = sets.load(0, torch.Generator().manual_seed(seed))
         assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
@@ -86,7 +86,7 @@ def test_a_set_goes_around_from_a_random_start(tmp_path):
     ((0, 10, 90, 180, 270), {0, 10, 90, 180, 270})])
 def test_any_number_of_views_gives_sets_of_distinct_ones(tmp_path, around, wanted):
     write_object(tmp_path / "chair", around)
-    sets = folders.ViewSets(tmp_path)
+    sets = sources.ViewSets(tmp_path)
     _, c2w, rows = sets.cameras(tmp_path / "chair" / "transforms.json", None)
     assert {azimuths(c2w)[row[0]] for row in rows} == wanted
     assert all(len(set(row.tolist())) == 4 for row in rows)
@@ -103,7 +103,7 @@ def test_cameras_off_the_orbit_are_counted_and_not_used(tmp_path):
     for frame, matrix in zip(info["frames"], matrices):
         frame["transform_matrix"] = matrix.tolist()
     (folder / "transforms.json").write_text(json.dumps(info))
-    sets = folders.ViewSets(tmp_path)
+    sets = sources.ViewSets(tmp_path)
     assert [p.name for p in sets.faults["cameras off the orbit"]] == [f"r_{i}.png" for i in (1, 2, 3, 4)]
     assert "4 cameras off the orbit (first" in str(sets)
     _, c2w, _ = sets.cameras(folder / "transforms.json", sets.faults)
@@ -114,7 +114,7 @@ def test_captions_come_from_one_table_too(tmp_path):
     for name in ("a1", "a2", "a3"):
         write_object(tmp_path / "000" / name, range(0, 360, 90), caption=None)
     (tmp_path / "captions.csv").write_text('a1,"a chair, red"\na2,a table\n')
-    sets = folders.ViewSets(tmp_path)
+    sets = sources.ViewSets(tmp_path)
     assert [caption for _, caption in sets.items] == ["a chair, red", "a table"]
     assert len(sets.faults["objects without a caption"]) == 1
 
@@ -133,10 +133,10 @@ def test_nothing_left_is_one_sentence(tmp_path):
                         "front": "do not go around", "blind": "without cameras",
                         "outside": "without cameras", "keyless": "without cameras"}.items():
         with pytest.raises(ValueError, match=words) as error:
-            folders.ViewSets(tmp_path / name)
+            sources.ViewSets(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        folders.ViewSets(tmp_path / "nowhere")
+        sources.ViewSets(tmp_path / "nowhere")
 
 
 # ---- Pictures with captions -------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_pictures_of_all_three_forms(tmp_path):
                                              '{"file_name": "gone.png", "text": "gone"}\nrubbish\n')
     write_shard(tmp_path / "00000.tar", [("000.jpg", jpeg((0, 0, 250))), ("000.json", b"{}"),
                                          ("000.txt", b"a blue thing")])
-    pictures = folders.Pictures(tmp_path, size=16)
+    pictures = sources.Pictures(tmp_path, size=16)
     found = {}
     for i in range(len(pictures)):
         images, c2w, caption = pictures.load(i)
@@ -165,15 +165,15 @@ def test_a_shard_cut_in_half_gives_what_is_whole(tmp_path):
     names = [(f"{i}{s}", c) for i in range(8) for s, c in ((".jpg", jpeg((i, 0, 0))), (".txt", b"x"))]
     write_shard(tmp_path / "a.tar", names)
     content = (tmp_path / "a.tar").read_bytes()
-    assert len(folders.Pictures(tmp_path)) == 8
+    assert len(sources.Pictures(tmp_path)) == 8
     for cut in (len(names) * 1024 // 2, 5000, 5632):
         (tmp_path / "a.tar").write_bytes(content[:cut])
-        pictures = folders.Pictures(tmp_path)
+        pictures = sources.Pictures(tmp_path)
         assert 0 < len(pictures) < 8 and len(pictures.faults["tar shards cut short or broken"]) == 1
         assert all(pictures.load(i)[0].shape == (1, 3, 256, 256) for i in range(len(pictures)))
     (tmp_path / "a.tar").write_bytes(b"no tar at all")
     with pytest.raises(ValueError, match="1 tar shards cut short or broken"):
-        folders.Pictures(tmp_path)
+        sources.Pictures(tmp_path)
 
 
 def test_tar_members_that_point_outside_are_skipped(tmp_path):
@@ -184,7 +184,7 @@ def test_tar_members_that_point_outside_are_skipped(tmp_path):
         link = tarfile.TarInfo("z.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         shard.addfile(link)
-    pictures = folders.Pictures(tmp_path)
+    pictures = sources.Pictures(tmp_path)
     assert [caption for *_, caption in pictures.items] == ["good"]
     assert len(pictures.faults["tar members that point outside"]) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]                # nothing was unpacked
@@ -195,10 +195,10 @@ def test_a_picture_keeps_its_middle_and_its_transparency(tmp_path):
     image = Image.new("RGBA", (60, 20), (255, 0, 0, 0))
     image.paste((0, 0, 200, 255), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
-    assert (folders.read_picture(tmp_path / "a.png", 8, 99, "a")[2, :, 2:6] == 200).all()
+    assert (sources.read_picture(tmp_path / "a.png", 8, 99, "a")[2, :, 2:6] == 200).all()
     image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     image.save(tmp_path / "a.png")
-    assert (folders.read_picture(tmp_path / "a.png", 8, 99, "a") == 99).all()
+    assert (sources.read_picture(tmp_path / "a.png", 8, 99, "a") == 99).all()
 
 
 # ---- Draws -------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def test_a_picture_keeps_its_middle_and_its_transparency(tmp_path):
 def test_draws_are_functions_of_seed_and_step(tmp_path):
     for name in "abcdef":
         write_object(tmp_path / name, caption=f"object {name}")
-    sets = folders.ViewSets(tmp_path, size=8)
-    one, again, other = (folders.Draws(sets, seed) for seed in (0, 0, 1))
+    sets = sources.ViewSets(tmp_path, size=8)
+    one, again, other = (sources.Draws(sets, seed) for seed in (0, 0, 1))
     keys = [(step, place) for step in range(5) for place in range(4)]
     captions = [one[key][2] for key in keys]
     assert captions == [again[key][2] for key in reversed(keys)][::-1] and len(set(captions)) == 6
@@ -219,13 +219,13 @@ def test_a_picture_that_is_none_is_named_and_replaced(tmp_path):
     write_picture(tmp_path / "good.png", caption="good")
     (tmp_path / "bad.png").write_text("this is no picture")
     (tmp_path / "bad.txt").write_text("bad")
-    draws = [folders.Draws(folders.Pictures(tmp_path, size=8), 0)[step, 0] for step in range(20)]
+    draws = [sources.Draws(sources.Pictures(tmp_path, size=8), 0)[step, 0] for step in range(20)]
     assert {caption for _, _, caption, _ in draws} == {"good"}
     broken = {name for *_, names in draws for name in names}
     assert len(broken) == 1 and "bad.png" in broken.pop()
     (tmp_path / "good.png").write_text("neither")
     with pytest.raises(ValueError, match="100 broken samples in a row"):
-        folders.Draws(folders.Pictures(tmp_path, size=8), 0)[0, 0]
+        sources.Draws(sources.Pictures(tmp_path, size=8), 0)[0, 0]
 
 
 # ---- python data.py FOLDER ---------------------------------------------------------------------------
@@ -234,10 +234,10 @@ def test_checking_a_folder(tmp_path):
     write_object(tmp_path / "sets" / "chair")
     write_object(tmp_path / "sets" / "table", range(0, 360, 30), caption="a table")
     (tmp_path / "sets" / "table" / "r_3.png").write_text("no picture")
-    text = folders.check(tmp_path / "sets", tmp_path / "sheet.png", size=64)
+    text = sources.check(tmp_path / "sets", tmp_path / "sheet.png", size=64)
     assert "2 objects" in text and Image.open(tmp_path / "sheet.png").size == (5 * 64 + 300, 2 * 68)
     write_picture(tmp_path / "flat" / "a.png", caption="a picture")
-    assert "1 pictures; nothing amiss" in folders.check(tmp_path / "flat", tmp_path / "sheet.png")
+    assert "1 pictures; nothing amiss" in sources.check(tmp_path / "flat", tmp_path / "sheet.png")
     (tmp_path / "empty").mkdir()
     result = subprocess.run([sys.executable, str(ROOT / "data.py"), "empty"], cwd=tmp_path,
                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
