@@ -379,8 +379,12 @@ def write_glb(path, vertices, faces, colors):
 
 
 def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
-    """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR."""
-    images, origins, directions = (x.reshape(-1, 3) for x in (images, origins, directions))
+    """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR.
+
+    Images (...,4), on black and with their opacity, stand before a new colour each step: so nothing
+    can hide in the colour of the background.
+    """
+    images, origins, directions = (x.flatten(0, -2) for x in (images, origins, directions))
     groups = nerf.parameter_groups(lr_grid=0.05, lr_mlp=0.01)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.05 ** (step / steps))
@@ -388,8 +392,12 @@ def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
     for step in range(steps):
         nerf.update_occupancy(step)
         pick = torch.randint(len(images), (rays,), device=images.device)
+        truth = images[pick]
+        if images.shape[1] == 4:
+            background = torch.rand(3, device=images.device)
+            truth = truth[:, :3] + (1 - truth[:, 3:]) * background
         rgb = nerf.render(origins[pick], directions[pick], background=background)["rgb"]
-        error = (rgb - images[pick]).square().mean()
+        error = (rgb - truth).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -408,17 +416,19 @@ def main():
 
     def look(*cameras):
         c2w = torch.cat([data.orbit_cameras(*camera) for camera in cameras]).to(device)
-        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, device=device)
+        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, background=0.0,
+                                device=device)
         c2w[:, :3, 3] *= data.TOY_DISTANCE
-        return truth["rgb"][0], *data.camera_rays(c2w, data.TOY_FOV, size, size)
+        images = torch.cat([truth["rgb"][0], truth["opacity"][0]], -1)
+        return images, *data.camera_rays(c2w, data.TOY_FOV, size, size)
 
     nerf = NeRF(config).to(device)
     seen = look(*[(views, elevation, 7 * elevation) for elevation in (0, 20, 40, 60)])
-    for step, psnr in enumerate(fit(nerf, *seen, steps, background=0.5), 1):
+    for step, psnr in enumerate(fit(nerf, *seen, steps), 1):
         if step % (steps // 10) == 0:
             print(f"step {step:5d}   {psnr:.1f} dB on the rays seen")
     truth, *rays = look((4, 30, 15))
-    error = (nerf.render(*rays, background=0.5)["rgb"] - truth).square().mean()
+    error = (nerf.render(*rays, background=0.0)["rgb"] - truth[..., :3]).square().mean()
     print(f"{-10 * error.log10():.1f} dB on views never seen")
 
 

@@ -131,9 +131,11 @@ def render():
 def fit(device, views, size, steps, config, rays, goal):
     def look(*which):
         c2w = torch.cat([data.orbit_cameras(*w) for w in which]).to(device)
-        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, device=device)
+        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, background=0.0,
+                                device=device)
         c2w[:, :3, 3] *= data.TOY_DISTANCE
-        return truth["rgb"][0], *data.camera_rays(c2w, data.TOY_FOV, size, size)
+        images = torch.cat([truth["rgb"][0], truth["opacity"][0]], -1)
+        return images, *data.camera_rays(c2w, data.TOY_FOV, size, size)
 
     torch.manual_seed(0)
     seen = look(*[(views // 4, e, 7 * e) for e in (0, 20, 40, 60)])
@@ -142,10 +144,10 @@ def fit(device, views, size, steps, config, rays, goal):
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in nerf.fit(model, *seen, steps, rays=rays, background=0.5):
+    for _ in nerf.fit(model, *seen, steps, rays=rays):
         pass
-    rgb = model.render(*new, background=0.5)["rgb"]
-    psnr = -10 * (rgb - truth).square().mean().log10().item()
+    rgb = model.render(*new, background=0.0)["rgb"]
+    psnr = -10 * (rgb - truth[..., :3]).square().mean().log10().item()
     row(f"fit, {views} views of {size}^2, {steps} steps on {device}, unseen views", psnr, "dB",
         goal[0])
     row("    time", time.perf_counter() - start, "s", goal[1])
