@@ -14,6 +14,7 @@ import torch
 
 import train
 from mvdream import AutoencoderKL, MVDream, Schedule, VAEConfig
+from test_sources import write_object, write_picture
 
 ROOT = Path(__file__).parent.parent
 MICRO = {"unet": dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_levels=(1,),
@@ -173,3 +174,158 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="--lr"):
         run(monkeypatch, tmp_path, "--lr", "1e-5")
+
+
+# ---- data from outside, several ranks, DreamBooth --------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A micro model, three rendered objects, five captioned pictures (one of them broken)."""
+    folder, patch = tmp_path_factory.mktemp("world"), pytest.MonkeyPatch()
+    run(patch, folder / "model")
+    patch.undo()
+    for i in range(3):
+        write_object(folder / "renders" / f"o{i}", caption=f"a robot {i}", size=16)
+    for i in range(5):
+        write_picture(folder / "flat" / f"{i}.png", (50 * i, 9, 9), f"a car {i}")
+    (folder / "flat" / "4.png").write_text("no picture")
+    return folder
+
+
+def tune(world, out, *more):
+    train.main(["--model", str(world / "model"), "--data", str(world / "renders"),
+                "--images", str(world / "flat"), "--steps", "12", "--batch", "8", "--lr", "1e-3",
+                "--device", "cpu", "--save-every", "0", "--out", str(out), *more])
+
+
+def weights(folder):
+    return torch.cat([p.flatten() for p in MVDream.from_pretrained(folder).unet.parameters()])
+
+
+def last_checkpoint(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return torch.cat([p.flatten() for k, p in state["model"].items() if k.startswith("unet.")])
+
+
+def test_folders_train_and_what_is_broken_is_told_once(world, tmp_path, capsys):
+    tune(world, tmp_path / "a")
+    text = capsys.readouterr().out
+    assert "renders: 3 objects; nothing amiss" in text and "1 left out while training" in text
+    before, after = weights(world / "model"), weights(tmp_path / "a")
+    assert 1e-4 < (before - after).abs().max() < 0.1
+    theirs, ours = (MVDream.from_pretrained(f).text_encoder.state_dict()
+                    for f in (world / "model", tmp_path / "a"))
+    assert all(torch.equal(v, ours[k]) for k, v in theirs.items())      # the text encoder is frozen
+    modes = {k for line in open(tmp_path / "a" / "log.jsonl") for k in json.loads(line)}
+    assert {"2d", "3d"} <= modes
+    assert sorted(p.name for p in (tmp_path / "a").glob("check*")) == ["checkpoint.pt",
+                                                                     "checkpoint_before.pt"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--workers", "2", "--micro", "4", "--train-text"]])
+def test_a_stopped_run_on_folders_ends_as_the_unbroken_one(world, tmp_path, monkeypatch, flags):
+    tune(world, tmp_path / "whole", *flags)
+    saves, save = [], train.save_checkpoint
+
+    def stopped(*state):
+        save(*state)
+        saves.append(1)
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_checkpoint", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tune(world, tmp_path / "broken", *flags)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    (tmp_path / "broken" / "checkpoint.pt").unlink()                 # the one before serves as well
+    tune(world, tmp_path / "broken", *flags)
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert torch.equal(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "broken"))
+
+
+def test_parts_and_recomputing_change_nothing(world, tmp_path):
+    start = weights(world / "model")
+    tune(world, tmp_path / "whole")
+    tune(world, tmp_path / "parts", "--micro", "4", "--recompute")
+    whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert (whole - parts).norm() < 0.02 * (whole - start).norm()    # Adam's first steps are signs
+
+
+def torchrun(ranks, command):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+                           "--master_port=0", "train.py", *command], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkeypatch):
+    start, flags = weights(world / "model"), ["--model", str(world / "model"), "--data",
+        str(world / "renders"), "--images", str(world / "flat"), "--steps", "12", "--batch", "8",
+        "--lr", "1e-3", "--device", "cpu", "--save-every", "0", "--out", str(tmp_path / "two")]
+    tune(world, tmp_path / "one")
+    result = torchrun(2, flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Trained in") == 1                    # one rank speaks and writes
+    one, two = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
+    assert (one - two).norm() < 0.02 * (one - start).norm()
+    lines = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    tune(world, tmp_path / "two")                                    # the last step once more, alone
+    assert (weights(tmp_path / "one") - weights(tmp_path / "two")).norm() < 0.05 * one.norm()
+
+
+def test_dreambooth(world, tmp_path, capsys):
+    def dreambooth(out, *more):
+        train.main(["--model", str(world / "model"), "--dreambooth", str(world / "photos"),
+                    "--subject", "a photo of sks dog", "--steps", "20", "--lr", "1e-3", "--device",
+                    "cpu", "--out", str(tmp_path / out), *more])
+        return (weights(tmp_path / out) - before).abs().mean().item()
+    for i in range(3):
+        write_picture(world / "photos" / f"{i}.png", (200, 80 * i, 9))
+    before = weights(world / "model")
+    free, held = dreambooth("free", "--preserve", "0"), dreambooth("held", "--preserve", "1e4")
+    assert 0 < held < 0.5 * free                                     # the L1 term holds theta near theta_0
+    theirs, ours = (MVDream.from_pretrained(f).unet.camera_embed.state_dict()
+                    for f in (world / "model", tmp_path / "free"))
+    assert all(torch.equal(v, ours[k]) for k, v in theirs.items())   # 2D steps do not touch cameras
+    assert "3 pictures; nothing amiss" in capsys.readouterr().out
+
+
+def test_preservation_by_hand():
+    theta, theta_0 = [torch.tensor([1., -2.]), torch.tensor([[3., 3.]])], [torch.zeros(2), torch.ones(1, 2)]
+    assert train.preservation(theta, theta_0).item() == (1 + 2 + 2 + 2) / 4
+
+
+def test_shares_of_a_step():
+    args = SimpleNamespace(batch=32, ranks=2, rank=1, accumulate=2)
+    assert train.shares("3d", args) == [slice(4, 6), slice(6, 8)]    # of 8 sets
+    assert train.shares("2d", args) == [slice(16, 24), slice(24, 32)]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
+    tune(world, tmp_path, "--save-every", "0")
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left.*make room"):
+        tune_again = SimpleNamespace(out=tmp_path, settings={})
+        train.save_checkpoint(torch.nn.Linear(500, 500), torch.optim.SGD([torch.zeros(1)]), [], 3,
+                              tune_again)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert not (tmp_path / "checkpoint.tmp").exists()
+
+
+def test_resuming_with_another_model_is_refused(world, tmp_path, monkeypatch):
+    tune(world, tmp_path / "out")
+    monkeypatch.setattr(train, "TINY", {**MICRO, "unet": {**MICRO["unet"], "model_channels": 64}})
+    train.main(["--steps", "15", "--batch", "8", "--sets", "3", "--device", "cpu",
+                "--out", str(tmp_path / "wide")])
+    with pytest.raises(ValueError, match="model of other sizes.*unet") as error:
+        tune(world, tmp_path / "out", "--model", str(tmp_path / "wide"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--data", "x"], "--model"), (["--dreambooth", "x", "--model", "y"], "--subject"),
+    (["--dreambooth", "x", "--subject", "s", "--data", "d", "--model", "y"], "photos alone"),
+    (["--micro", "6", "--batch", "8"], "--micro"), (["--micro", "3", "--batch", "12"], "--micro")])
+def test_flags_that_do_not_go_together(flags, word):
+    with pytest.raises(ValueError, match=word):
+        train.parse([*flags, "--device", "cpu"])
