@@ -335,10 +335,7 @@ class Folders:
         return mean.float() * self.model.vae.config.scale_factor, y, c2w
 
     def __str__(self):
-        lines = [str(kind) for kind in self.kinds.values() if kind]
-        if self.broken:
-            lines.append(f"{len(self.broken)} left out while training (first {min(self.broken)})")
-        return "\n".join(lines)
+        return "\n".join(str(kind) for kind in self.kinds.values() if kind)
 
 
 class Photos:

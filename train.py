@@ -472,7 +472,7 @@ def main(argv=None):
         print(source)
     train(model, source, args)
     if source.broken:
-        print(source)
+        print(f"{len(source.broken)} left out while training, such as: {min(source.broken)}")
     if args.rank == 0:
         sample_sheet(model, args.out / "samples.png", source.prompts)
         model.half().save_pretrained(args.out)

@@ -252,8 +252,8 @@ def test_parts_and_recomputing_change_nothing(world, tmp_path):
 
 def torchrun(ranks, command):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                           "--master_port=0", "train.py", *command], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "--standalone", "train.py", *command], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkeypatch):
