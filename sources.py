@@ -8,7 +8,7 @@ Both are folders here; tar shards are read where they lie, and nothing is ever u
     renders/chair/caption.txt       or one renders/captions.csv (uid, caption) for all
     laion/*.jpg, laion/*.txt        or a laion/metadata.jsonl (file_name, text), or laion/*.tar
 
-Conventions and letters are those of data.py.  Both kinds have one method,
+Conventions and letters are those of data.py.  ViewSets and Pictures read them, both by
 
     load(i, generator) -> pictures (V, 3, H, W) uint8, cameras (V, 4, 4) or None, caption
 

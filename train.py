@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -237,12 +238,12 @@ def train(model, source, args):
                 ema, state = [e.to(device) for e in state["ema"]], None
 
         # One step. Its batch is a function of the seed and the step, so resuming repeats nothing.
-        for part in (parts := shares(mode, args)):
-            apart = args.ranks > 1 and mode and part is not parts[-1]  # ranks meet once a step
+        parts = shares(mode, args)                                    # gradients add up over them
+        for part in parts:
+            apart = args.ranks > 1 and part is not parts[-1]          # ranks meet once a step
             with autocast(), objective.no_sync() if apart else contextlib.nullcontext():
-                batch = draw(source, mode, step, part, args) if mode else draw_pictures(
-                    model, source, step, args)
-                loss = objective(*batch)
+                loss = objective(*(draw(source, mode, step, part, args) if mode else
+                                   draw_pictures(model, source, step, args)))
             (loss / len(parts)).backward()
             losses.append((mode or "vae", loss.detach()))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -399,8 +400,8 @@ def parse(argv=None):
     fresh, share = not args.model, args.batch // args.ranks     # fresh: no autoencoder, no 2D base
     args.micro = args.micro or (min(32, share) if args.kind == "folders" else share)
     args.accumulate = share // max(1, args.micro)
-    args.mix = 0.0 if not args.data and args.kind != "toy" else 1.0 if (
-        args.data and not args.images) else args.mix
+    if args.kind != "toy" and not (args.data and args.images):      # one kind of step alone
+        args.mix = float(bool(args.data))
     args.autoencoder_steps = int(AUTOENCODER * args.steps * fresh)
     args.base_steps = int(BASE * args.steps * fresh)
     args.train_text = args.train_text or args.kind == "toy"
@@ -457,9 +458,10 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if is_gpu(args):
-        torch.cuda.set_device(args.device)
         data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
-    if args.ranks > 1 and not dist.is_initialized():
+    if args.ranks > 1:
+        if is_gpu(args):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if is_gpu(args) else "gloo")
     model = MVDream.from_pretrained(args.model) if args.model else new_model(args)
     model.image_size = min(256, model.image_size)                         # the paper's fine-tuning
@@ -475,7 +477,11 @@ def main(argv=None):
         print(f"{len(source.broken)} left out while training, such as: {min(source.broken)}")
     if args.rank == 0:
         sample_sheet(model, args.out / "samples.png", source.prompts)
-        model.half().save_pretrained(args.out)
+        try:
+            model.half().save_pretrained(args.out)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{args.out}: the model could not be written ({error}): make room on the "
+                          "disk; the same command goes on from the last checkpoint") from error
         prompt = source.prompts[0].removesuffix(", 3d asset")
         print(f"Trained in {time.time() - began:.0f} s. The model is in {args.out}/: "
               f'python generate.py "{prompt}" --model {args.out}')

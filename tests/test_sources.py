@@ -2,7 +2,6 @@
 depend on nothing but seed and step, and what broken data gets."""
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -58,10 +57,11 @@ def jpeg(color, size=16):
 
 
 def azimuths(c2w):
-    return torch.rad2deg(torch.atan2(c2w[:, 1, 3], c2w[:, 0, 3])).round().int().remainder(360).tolist()
+    angles = torch.rad2deg(torch.atan2(c2w[:, 1, 3], c2w[:, 0, 3]))
+    return angles.round().int().remainder(360).tolist()
 
 
-# ---- View sets ------------------------------------------------------------------------------------
+# ---- View sets -----------------------------------------------------------------------------------
 
 def test_a_set_goes_around_from_a_random_start(tmp_path):
     write_object(tmp_path / "chair")
@@ -104,7 +104,8 @@ def test_cameras_off_the_orbit_are_counted_and_not_used(tmp_path):
         frame["transform_matrix"] = matrix.tolist()
     (folder / "transforms.json").write_text(json.dumps(info))
     sets = sources.ViewSets(tmp_path)
-    assert [p.name for p in sets.faults["cameras off the orbit"]] == [f"r_{i}.png" for i in (1, 2, 3, 4)]
+    off = [path.name for path in sets.faults["cameras off the orbit"]]
+    assert off == ["r_1.png", "r_2.png", "r_3.png", "r_4.png"]
     assert "4 cameras off the orbit (first" in str(sets)
     _, c2w, _ = sets.cameras(folder / "transforms.json", sets.faults)
     assert set(azimuths(c2w)) == set(range(0, 360, 30)) - {30, 60, 90, 120}
@@ -139,7 +140,7 @@ def test_nothing_left_is_one_sentence(tmp_path):
         sources.ViewSets(tmp_path / "nowhere")
 
 
-# ---- Pictures with captions -------------------------------------------------------------------------
+# ---- Pictures with captions ----------------------------------------------------------------------
 
 def test_pictures_of_all_three_forms(tmp_path):
     write_picture(tmp_path / "a" / "one.png", (250, 0, 0), "a red thing")
@@ -162,7 +163,8 @@ def test_pictures_of_all_three_forms(tmp_path):
 
 
 def test_a_shard_cut_in_half_gives_what_is_whole(tmp_path):
-    names = [(f"{i}{s}", c) for i in range(8) for s, c in ((".jpg", jpeg((i, 0, 0))), (".txt", b"x"))]
+    names = [(f"{i}{suffix}", content) for i in range(8)
+             for suffix, content in ((".jpg", jpeg((i, 0, 0))), (".txt", b"x"))]
     write_shard(tmp_path / "a.tar", names)
     content = (tmp_path / "a.tar").read_bytes()
     assert len(sources.Pictures(tmp_path)) == 8
@@ -201,7 +203,7 @@ def test_a_picture_keeps_its_middle_and_its_transparency(tmp_path):
     assert (sources.read_picture(tmp_path / "a.png", 8, 99, "a") == 99).all()
 
 
-# ---- Draws -------------------------------------------------------------------------------------------
+# ---- Draws ---------------------------------------------------------------------------------------
 
 def test_draws_are_functions_of_seed_and_step(tmp_path):
     for name in "abcdef":
@@ -228,7 +230,7 @@ def test_a_picture_that_is_none_is_named_and_replaced(tmp_path):
         sources.Draws(sources.Pictures(tmp_path, size=8), 0)[0, 0]
 
 
-# ---- python data.py FOLDER ---------------------------------------------------------------------------
+# ---- python data.py FOLDER -----------------------------------------------------------------------
 
 def test_checking_a_folder(tmp_path):
     write_object(tmp_path / "sets" / "chair")
@@ -240,6 +242,6 @@ def test_checking_a_folder(tmp_path):
     assert "1 pictures; nothing amiss" in sources.check(tmp_path / "flat", tmp_path / "sheet.png")
     (tmp_path / "empty").mkdir()
     result = subprocess.run([sys.executable, str(ROOT / "data.py"), "empty"], cwd=tmp_path,
-                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("data.py: empty: nothing to train on")
     assert len(result.stderr.splitlines()) == 1

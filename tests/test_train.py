@@ -24,7 +24,7 @@ MICRO = {"unet": dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, 
          "image_size": 16, "prediction": "epsilon"}
 
 
-# ---- by hand ---------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_and_decays():
     assert train.learning_rate(0, 100, 1.0) == 0.5                 # two steps of warm-up: 1/2, 2/2
@@ -51,7 +51,7 @@ def test_swap_exchanges_and_twice_is_nothing():
     assert a[0].tolist() == [1, 2] and b[0].tolist() == [3, 4]
 
 
-# ---- the joint loss --------------------------------------------------------------------------------
+# ---- the joint loss ------------------------------------------------------------------------------
 
 class Stub:
     """A model whose UNet keeps what it is given and answers with zeros."""
@@ -100,7 +100,7 @@ def test_standardised_latents_have_mean_0_variance_1_and_decode_alike():
     assert torch.allclose(ratio, mean.std((0, 2, 3)), rtol=1e-3)
 
 
-# ---- whole runs in miniature -----------------------------------------------------------------------
+# ---- whole runs in miniature ---------------------------------------------------------------------
 
 def run(monkeypatch, out, *more):
     monkeypatch.setattr(train, "TINY", MICRO)
@@ -157,7 +157,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     MVDream.from_pretrained(tmp_path)
 
 
-# ---- bad input -------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, word", [
     (["--steps", "0"], "--steps"), (["--batch", "10"], "--batch"), (["--mix", "1.5"], "--mix"),
@@ -176,7 +176,7 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, "--lr", "1e-5")
 
 
-# ---- data from outside, several ranks, DreamBooth --------------------------------------------------
+# ---- data from outside, several ranks, DreamBooth ------------------------------------------------
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -192,10 +192,14 @@ def world(tmp_path_factory):
     return folder
 
 
+def tune_flags(world, out):
+    return ["--model", str(world / "model"), "--data", str(world / "renders"), "--images",
+            str(world / "flat"), "--steps", "12", "--batch", "8", "--lr", "1e-3", "--device", "cpu",
+            "--save-every", "0", "--out", str(out)]
+
+
 def tune(world, out, *more):
-    train.main(["--model", str(world / "model"), "--data", str(world / "renders"),
-                "--images", str(world / "flat"), "--steps", "12", "--batch", "8", "--lr", "1e-3",
-                "--device", "cpu", "--save-every", "0", "--out", str(out), *more])
+    train.main([*tune_flags(world, out), *more])
 
 
 def weights(folder):
@@ -257,19 +261,18 @@ def torchrun(ranks, command):
 
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkeypatch):
-    start, flags = weights(world / "model"), ["--model", str(world / "model"), "--data",
-        str(world / "renders"), "--images", str(world / "flat"), "--steps", "12", "--batch", "8",
-        "--lr", "1e-3", "--device", "cpu", "--save-every", "0", "--out", str(tmp_path / "two")]
+    start = weights(world / "model")
     tune(world, tmp_path / "one")
-    result = torchrun(2, flags)
+    result = torchrun(2, tune_flags(world, tmp_path / "two"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("Trained in") == 1                    # one rank speaks and writes
     one, two = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
     assert (one - two).norm() < 0.02 * (one - start).norm()
     lines = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
     assert [line["step"] for line in lines] == [5, 10, 12]
-    tune(world, tmp_path / "two")                                    # the last step once more, alone
-    assert (weights(tmp_path / "one") - weights(tmp_path / "two")).norm() < 0.05 * one.norm()
+    tune(world, tmp_path / "two")                                    # its last step again, alone
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert (one - two).norm() < 0.02 * (one - start).norm()
 
 
 def test_dreambooth(world, tmp_path, capsys):
@@ -282,7 +285,7 @@ def test_dreambooth(world, tmp_path, capsys):
         write_picture(world / "photos" / f"{i}.png", (200, 80 * i, 9))
     before = weights(world / "model")
     free, held = dreambooth("free", "--preserve", "0"), dreambooth("held", "--preserve", "1e4")
-    assert 0 < held < 0.5 * free                                     # the L1 term holds theta near theta_0
+    assert 0 < held < 0.5 * free                                     # held near theta_0
     theirs, ours = (MVDream.from_pretrained(f).unet.camera_embed.state_dict()
                     for f in (world / "model", tmp_path / "free"))
     assert all(torch.equal(v, ours[k]) for k, v in theirs.items())   # 2D steps do not touch cameras
@@ -290,7 +293,8 @@ def test_dreambooth(world, tmp_path, capsys):
 
 
 def test_preservation_by_hand():
-    theta, theta_0 = [torch.tensor([1., -2.]), torch.tensor([[3., 3.]])], [torch.zeros(2), torch.ones(1, 2)]
+    theta = [torch.tensor([1., -2.]), torch.tensor([[3., 3.]])]
+    theta_0 = [torch.zeros(2), torch.ones(1, 2)]
     assert train.preservation(theta, theta_0).item() == (1 + 2 + 2 + 2) / 4
 
 
@@ -302,12 +306,11 @@ def test_shares_of_a_step():
 
 def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
     tune(world, tmp_path, "--save-every", "0")
-    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    kept, args = (tmp_path / "checkpoint.pt").read_bytes(), SimpleNamespace(out=tmp_path, settings={})
+    model, optimizer = torch.nn.Linear(500, 500), torch.optim.SGD([torch.zeros(1)])
     (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left.*make room"):
-        tune_again = SimpleNamespace(out=tmp_path, settings={})
-        train.save_checkpoint(torch.nn.Linear(500, 500), torch.optim.SGD([torch.zeros(1)]), [], 3,
-                              tune_again)
+    with pytest.raises(OSError, match="make room"):
+        train.save_checkpoint(model, optimizer, [], 3, args)
     assert (tmp_path / "checkpoint.pt").read_bytes() == kept
     assert not (tmp_path / "checkpoint.tmp").exists()
 
