@@ -424,7 +424,8 @@ if __name__ == "__main__":
     try:
         if sys.argv[1:]:
             import sources
-            print(sources.check(sys.argv[1], "outputs/data.png"), "\nA look at it: outputs/data.png")
+            print(sources.check(sys.argv[1], "outputs/data.png"))
+            print("outputs/data.png: what training would see of it")
         else:
             contact_sheet("outputs/toy_world.png")
             print("outputs/toy_world.png: every category of the toy world")
