@@ -36,6 +36,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # waiting threads sleep, see generate.py
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
