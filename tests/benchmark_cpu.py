@@ -26,5 +26,6 @@ def main(argv):
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory() as folder:
         timed("import and load weights/tiny", ["-c", LOAD])
-        timed("generate.py --views-only", ["generate.py", PROMPT, "--views-only", "--out", f"{folder}/a"])
+        timed("generate.py --views-only",
+              ["generate.py", PROMPT, "--views-only", "--out", f"{folder}/a"])
         timed("generate.py, the whole command", ["generate.py", PROMPT, "--out", f"{folder}/b"])

@@ -1,11 +1,12 @@
 """Four generated views against the exact truth of the toy world: the quality table of the README.
 
-    python tests/benchmark.py quality [--prompts 64] [--model weights/tiny] [--device cuda] [--sheet FILE]
+    python tests/benchmark.py quality [--prompts 64] [--model FOLDER] [--sheet FOLDER]
 
 Each number, in one line:
-  PSNR       of all four views of a prompt together, truth rendered on the generated background; median
-  IoU        of silhouettes: what differs from the background and is not reached from the border; median
-  category   the four views are closer (squared error) to the truth than to every other category's
+  PSNR       of all four views of a prompt together, truth on the generated background; median
+  IoU        of silhouettes: what differs from the background and is not reached from the border;
+             median
+  category   the four views are closer (squared error) to the truth than to any other category's
   colour     for each colour word: closer to the truth than with any of the nine other words
   Janus      the view from behind is closer to the true front than to the true back
   agreement  no colour said: the colour nearest to each single view is the same in all four
@@ -25,9 +26,10 @@ SUFFIX = ", 3d asset"
 
 
 def truths(captions, c2w, background, device, size=128, supersample=2):
-    """c2w (B,V,4,4), background (B,) -> rgb (B,V,H,W,3), opacity."""
+    """c2w (B,V,4,4), background (B,) -> rgb (B,V,H,W,3), opacity (B,V,H,W,1)"""
+    grey = background.to(device).view(-1, 1, 1, 1).repeat_interleave(c2w.shape[1], 0)
     out = data.toy_render(captions, c2w, size=size, supersample=supersample, device=device,
-                          background=background.to(device).view(-1, 1, 1, 1).repeat_interleave(c2w.shape[1], 0))
+                          background=grey)
     return out["rgb"], out["opacity"]
 
 
@@ -39,7 +41,7 @@ def border(images):
 
 
 def variants(caption, slot, words):
-    """The caption with its spec's entry `slot` (0 category, 1.. colours) replaced by each of the words."""
+    """The caption with entry `slot` of its spec (0 category, 1.. colours) set to each of the words."""
     spec = list(data.parse_caption(caption))
     return [data.format_caption([*spec[:slot], w, *spec[slot + 1:]]) for w in words]
 
@@ -52,9 +54,8 @@ def wins(caption, others, images, c2w, background, device):
     return error(small[None], rgb).argmin().item() == 0
 
 
-def plain(caption):
+def plain(category, color):
     """Category and main colour alone: what every category can be asked in."""
-    category, color, *_ = data.parse_caption(caption)
     return data.format_caption((category, color, -1, -1))
 
 
@@ -74,8 +75,7 @@ def evaluate(model, row, num, steps, guidance, device, seed=0):
     for i, caption in enumerate(captions):
         spec = data.parse_caption(caption)
         here = images[i], c2w[i], background[i].cpu(), device
-        others = [c for k in range(len(data.NAMES)) if k != spec[0] for c in [plain(
-            data.format_caption((k, spec[1], -1, -1)))]]
+        others = [plain(k, spec[1]) for k in range(len(data.NAMES)) if k != spec[0]]
         category.append(wins(caption, others, *here))
         for slot in [j for j in (1, 2, 3) if spec[j] >= 0]:
             hues = [h for h in range(len(data.HUES)) if h != spec[slot]]
@@ -89,8 +89,8 @@ def evaluate(model, row, num, steps, guidance, device, seed=0):
 
 def generate(model, prompts, c2w, steps, guidance):
     """-> (B,V,H,W,3) in [0,1], on the model's device"""
-    views = torch.cat([model.sample(prompts[i:i + 16], c2w[i:i + 16], steps=steps, guidance_scale=guidance,
-                                    seed=i) for i in range(0, len(prompts), 16)])
+    views = torch.cat([model.sample(prompts[i:i + 16], c2w[i:i + 16], steps=steps, seed=i,
+                                    guidance_scale=guidance) for i in range(0, len(prompts), 16)])
     return (views.permute(0, 1, 3, 4, 2).clamp(-1, 1) + 1) / 2
 
 
@@ -109,9 +109,9 @@ def agreement(model, num, steps, guidance, device, inflated):
         images = images.reshape(num, 4, *images.shape[2:])
     same = []
     for name, views in zip(names, images):
-        colours = [data.format_caption((data.NAMES.index(name), h, -1, -1)) for h in range(len(data.HUES))]
-        grey = border(views[None])
-        rgb, _ = truths(colours, cameras.expand(len(colours), 4, 4, 4), grey.cpu().expand(len(colours)), device)
+        colours = [plain(data.NAMES.index(name), h) for h in range(len(data.HUES))]
+        grey = border(views[None]).expand(len(colours))
+        rgb, _ = truths(colours, cameras.expand(len(colours), 4, 4, 4), grey, device)
         nearest = (rgb - views).square().flatten(2).mean(2).argmin(0)          # (4,) one hue a view
         same.append(bool((nearest == nearest[0]).all()))
     return sum(same) / num
@@ -119,7 +119,8 @@ def agreement(model, num, steps, guidance, device, inflated):
 
 def save_sheet(path, images, rgb, rows=12):
     from PIL import Image
-    both = torch.cat([images[:rows], rgb[:rows]], 1).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+    both = torch.cat([images[:rows], rgb[:rows]], 1)               # (rows, 2V, H, W, 3)
+    both = both.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
     Image.fromarray((both.clamp(0, 1) * 255).round().byte().cpu().numpy()).save(path)
 
 
