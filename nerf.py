@@ -406,28 +406,31 @@ def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
     nerf.eval()
 
 
-def main():
+def toy_object(orbits, size, device):
+    """A toy on black, from cameras on orbits (num_views, elevation, azimuth) -> rgb and opacity
+    (V,H,W,4), origins, directions (V,H,W,3)"""
     import data
+    c2w = torch.cat([data.orbit_cameras(*orbit) for orbit in orbits]).to(device)
+    truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, background=0.0,
+                            device=device)
+    c2w[:, :3, 3] *= data.TOY_DISTANCE
+    images = torch.cat([truth["rgb"][0], truth["opacity"][0]], -1)
+    return images, *data.camera_rays(c2w, data.TOY_FOV, size, size)
+
+
+def main():
     gpu = torch.cuda.is_available()
     device, views, size, steps = ("cuda", 16, 256, 1500) if gpu else ("cpu", 6, 64, 400)
     config = NeRFConfig() if gpu else NeRFConfig(
         levels=8, log2_table=15, base_resolution=8, finest_resolution=128, hidden=32,
         max_samples=128)
 
-    def look(*cameras):
-        c2w = torch.cat([data.orbit_cameras(*camera) for camera in cameras]).to(device)
-        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, background=0.0,
-                                device=device)
-        c2w[:, :3, 3] *= data.TOY_DISTANCE
-        images = torch.cat([truth["rgb"][0], truth["opacity"][0]], -1)
-        return images, *data.camera_rays(c2w, data.TOY_FOV, size, size)
-
     nerf = NeRF(config).to(device)
-    seen = look(*[(views, elevation, 7 * elevation) for elevation in (0, 20, 40, 60)])
+    seen = toy_object([(views, e, 7 * e) for e in (0, 20, 40, 60)], size, device)
     for step, psnr in enumerate(fit(nerf, *seen, steps), 1):
         if step % (steps // 10) == 0:
             print(f"step {step:5d}   {psnr:.1f} dB on the rays seen")
-    truth, *rays = look((4, 30, 15))
+    truth, *rays = toy_object([(4, 30, 15)], size, device)
     error = (nerf.render(*rays, background=0.0)["rgb"] - truth[..., :3]).square().mean()
     print(f"{-10 * error.log10():.1f} dB on views never seen")
 

@@ -24,12 +24,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from mvdream import MVDream, train_tokenizer
 
-TINY = {"unet": {"model_channels": 64, "channel_mult": (1, 2, 3), "num_res_blocks": 1,
-                 "attention_levels": (1, 2), "num_head_channels": 32, "context_dim": 128},
-        "vae": {"ch": 32, "ch_mult": (1, 2, 4), "num_res_blocks": 1},
-        "text": {"width": 128, "layers": 4, "heads": 4, "vocab_size": 1024}, "image_size": 128}
+TINY = {**train.TINY, "text": {**train.TINY["text"], "vocab_size": 1024}}
 VIEWS = 4
 
 

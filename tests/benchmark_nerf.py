@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data
 import hashgrid
 import nerf
-from nerf import NeRF, NeRFConfig
+from nerf import NeRF, NeRFConfig, toy_object
 
 
 def milliseconds(f, repeat=12):
@@ -129,17 +129,9 @@ def render():
 
 
 def fit(device, views, size, steps, config, rays, goal):
-    def look(*which):
-        c2w = torch.cat([data.orbit_cameras(*w) for w in which]).to(device)
-        truth = data.toy_render(["a red robot wearing a blue hat"], c2w, size=size, background=0.0,
-                                device=device)
-        c2w[:, :3, 3] *= data.TOY_DISTANCE
-        images = torch.cat([truth["rgb"][0], truth["opacity"][0]], -1)
-        return images, *data.camera_rays(c2w, data.TOY_FOV, size, size)
-
     torch.manual_seed(0)
-    seen = look(*[(views // 4, e, 7 * e) for e in (0, 20, 40, 60)])
-    truth, *new = look((4, 30, 15))
+    seen = toy_object([(views // 4, e, 7 * e) for e in (0, 20, 40, 60)], size, device)
+    truth, *new = toy_object([(4, 30, 15)], size, device)
     model = NeRF(config).to(device)
     if device == "cuda":
         torch.cuda.synchronize()

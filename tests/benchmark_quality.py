@@ -17,7 +17,7 @@ import time
 import torch
 
 import data
-from metrics import error, foreground, iou, psnr
+from metrics import error, foreground, iou, janus, psnr
 from mvdream import MVDream
 
 ROWS = {"seen": "seen in 3D", "combination": "combinations never seen anywhere",
@@ -70,7 +70,6 @@ def evaluate(model, row, num, steps, guidance, device, seed=0):
     background = border(images)
     rgb, opacity = truths(captions, c2w, background, device)
 
-    back = images[:, 2], rgb[:, 2], rgb[:, 0]
     category, color = [], []
     for i, caption in enumerate(captions):
         spec = data.parse_caption(caption)
@@ -83,7 +82,7 @@ def evaluate(model, row, num, steps, guidance, device, seed=0):
     return {"PSNR": psnr(images, rgb).median().item(),
             "IoU": iou(foreground(images, background), opacity[..., 0] > 0.5).median().item(),
             "category": sum(category) / len(category), "colour": sum(color) / len(color),
-            "Janus": (error(back[0], back[1]) > error(back[0], back[2])).float().mean().item(),
+            "Janus": janus(images[:, 2], rgb[:, 2], rgb[:, 0]).float().mean().item(),
             }, images, rgb
 
 
