@@ -60,14 +60,14 @@ TINY = {                                      # the classes of Stable Diffusion 
     "image_size": 128, "prediction": "epsilon"}
 
 RUNS = {            # what is trained on, and what that needs unless flags say otherwise
-    "toy": dict(steps=12_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
+    "toy": dict(steps=15_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
     "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
     "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
 
 CPU = dict(batch=16)                            # the toy run's, without a GPU
 
 # Steps of each stage as shares of --steps.
-AUTOENCODER, BASE = 0.22, 0.16                  # the joint stage takes the rest
+AUTOENCODER, BASE = 0.30, 0.14                  # the joint stage takes the rest
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def train(model, source, args):
             if phase == "diffusion" and ema is not None:
                 swap(groups["autoencoder"], ema)                      # the average is what we keep
                 g = torch.Generator(device).manual_seed(args.seed)
-                standardise(model.vae, [source.images(128, g) for _ in range(8)])
+                standardise(model.vae, [source.images(args.batch, g) for _ in range(4)])
             model.requires_grad_(False)
             parameters = [p.requires_grad_() for p in groups[phase]]
             objective = compiled(autoencoder_loss)
@@ -367,7 +367,7 @@ def parse(argv=None):
     add("--subject", help='what the photos show: "a photo of sks dog"')
     add("--preserve", type=float, default=1.0, help="DreamBooth's lambda (default %(default)s)")
     add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
-    add("--steps", type=int, help="of all stages (default 12000; folders 50000; photos 600)")
+    add("--steps", type=int, help="of all stages (default 15000; folders 50000; photos 600)")
     add("--batch", type=int, help="pictures a step, on all devices together (default 512 on a GPU, "
         "16 without; folders 4096; photos 4)")
     add("--micro", type=int, help="pictures at a time on one device (default: its share of a "
