@@ -471,10 +471,11 @@ class MVDream(nn.Module):
         if compile is not None:
             torch.backends.cudnn.benchmark = True
             fast = [torch.compile(function, mode=compile, dynamic=False) for function in fast]
+        else:                                       # group norm is slow there in channels last
+            part = self.vae if self.device.type == "cuda" else self.vae.encoder
+            part.to(memory_format=torch.contiguous_format)
         if self.device.type == "cuda":
             fast = [Graphs(function) for function in fast]
-        else:                                       # group norm is slow backward in channels last
-            self.vae.encoder.to(memory_format=torch.contiguous_format)
         self.unet.forward, self.vae.encode, self.vae.decode = fast
         return self
 

@@ -10,10 +10,11 @@ known. Times are medians after warm-up, with fixed shapes:
   encode    the VAE's encoding of 4 pictures; with its backward pass to the pixels
   load      a saved model to a usable one, every weight read once, in a process of its own; and the
             same with safetensors alone
-"eager" is the plain network in half precision, "graphs" is accelerate(), "compiled" is
-accelerate(MODE) for --compile MODE: default, or max-autotune-no-cudagraphs (minutes).
+"eager" is the plain network, "graphs" is accelerate(), "compiled" is accelerate(MODE), which
+--compile MODE measures in its place: default, or max-autotune-no-cudagraphs (minutes).
 """
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def count(config, tokenizer):
 
 def measure(label, model, device, reference):
     """The rows of one way to run; `reference` holds what float32 gives, to compare with."""
+    gc.collect()                                    # the model before
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -145,15 +147,16 @@ def measure(label, model, device, reference):
 
 
 def speed(config, tokenizer, device, compile):
-    model, half = build(config, tokenizer, device), torch.float16 if device == "cuda" else None
-    functions = workload(model, device)
-    reference = {name: functions[name]() for name in ("step", "encode")}
-    measure(f"eager {half or 'float32'}", model.to(half or torch.float32), device, reference)
-    model = build(config, tokenizer, device).accelerate()
-    measure("graphs" if device == "cuda" else "accelerate()", model, device, reference)
+    reference, cuda = {}, device == "cuda"
+    ways = {"eager float32": lambda model: model}
     if compile:
-        model = build(config, tokenizer, device).accelerate(compile)
-        measure(f"compiled, {compile}", model, device, reference)
+        ways[f"compiled, {compile}"] = lambda model: model.accelerate(compile)
+    elif cuda:
+        ways["eager float16"] = lambda model: model.half()
+    if not compile:
+        ways["graphs" if cuda else "accelerate()"] = lambda model: model.accelerate()
+    for label, way in ways.items():                 # one model at a time in memory
+        measure(label, way(build(config, tokenizer, device)), device, reference)
 
 
 LOAD = """

@@ -11,8 +11,14 @@ Each number is a median over the prompts, from 12 cameras that the optimisation 
   Janus    share of objects that from behind look more like the true front than the true back
 """
 import argparse
+import functools
+import itertools
+import math
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -58,34 +64,47 @@ def judge(nerf, caption):
             torch.cat([rgb, truth["rgb"]]).cpu())
 
 
-def evaluate(model, captions, s, seed=0, verbose=True):
-    """-> PSNR, IoU, Janus, share of dead objects, seconds an object; the pictures of each."""
-    rows, pictures = [], []
-    for caption in captions:
-        start = time.time()
-        try:
-            nerf = sds.dream(model, caption, s, seed)
-        except ValueError as e:
-            print(f"{caption}: {e}")
-            continue
-        seconds = time.time() - start
-        *row, sheet = judge(nerf, caption)
-        rows.append([*row, seconds])
-        pictures.append(sheet)
-        if verbose:
-            print("  %5.1f dB  %.3f  %d" % tuple(row), f"{seconds:6.1f} s  {caption}", flush=True)
-    if not rows:
-        return [float("nan")] * 5, []
-    psnr_, iou_, janus_, seconds = torch.tensor(rows).unbind(1)
-    return [psnr_.median().item(), iou_.median().item(), janus_.mean().item(),
-            1 - len(rows) / len(captions), seconds.median().item()], pictures
+@functools.cache
+def tiny(path, device, jobs):
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    return MVDream.from_pretrained(path, device=device).accelerate()
+
+
+def one(task):
+    """One object -> PSNR, IoU, Janus, seconds; its pictures. None if it died."""
+    model, caption, s, seed, verbose = tiny(*task[0]), *task[1:]
+    start = time.time()
+    try:
+        nerf = sds.dream(model, caption, s, seed)
+    except ValueError as e:
+        return print(f"{caption}: {e}", flush=True)
+    seconds = time.time() - start
+    *row, pictures = judge(nerf, caption)
+    if verbose:
+        print("  %5.1f dB  %.3f  %d" % tuple(row), f"{seconds:6.1f} s  {caption}", flush=True)
+    return [*row, seconds], pictures.numpy()
+
+
+def evaluate(rows, captions, model, seed, jobs):
+    """rows {name: Settings}; a line of the table for each, and the pictures of the last."""
+    tasks = [((*model, jobs), caption, s, seed, len(rows) == 1)
+             for s in rows.values() for caption in captions]
+    context = multiprocessing.get_context("spawn")          # several share a GPU, or the cores
+    with ProcessPoolExecutor(jobs, context) if jobs > 1 else nullcontext() as pool:
+        results = pool.map(one, tasks) if jobs > 1 else map(one, tasks)
+        for i, name in enumerate(rows):
+            alive = [r for r in itertools.islice(results, len(captions)) if r is not None]
+            numbers = torch.tensor([r for r, _ in alive] or [[math.nan] * 4])
+            psnr_, iou_, _, seconds = numbers.median(0).values.tolist()
+            if i == 0:
+                print(HEAD)
+            print(f"{name:44s} {psnr_:6.1f} {iou_:6.3f} {numbers[:, 2].mean():6.2f} "
+                  f"{1 - len(alive) / len(captions):5.2f} {seconds:7.1f}", flush=True)
+    return [torch.from_numpy(pictures) for _, pictures in alive]
 
 
 HEAD = f"{'':44s} {'PSNR':>6s} {'IoU':>6s} {'Janus':>6s} {'dead':>5s} {'s each':>7s}"
-
-
-def table_row(name, numbers):
-    return f"{name:44s} %6.1f %6.3f %6.2f %5.2f %7.1f" % tuple(numbers)
 
 
 def save_sheet(path, pictures):
@@ -103,18 +122,18 @@ def save_sheet(path, pictures):
 # ---- Speed at full size --------------------------------------------------------------------------
 
 
-def full_size_model(device):
+def full_size_model(device, compile):
     """Random weights of the real shapes; they serve for timing."""
     tokenizer = train_tokenizer(["an object, 3d asset"], tempfile.mkdtemp())
     torch.manual_seed(0)
     with torch.device(device):
         model = MVDream.from_config({}, tokenizer)
-    return model.to(device).accelerate()
+    return model.to(device).accelerate(compile)
 
 
-def speed(device, steps, sync):
+def speed(device, steps, sync, compile):
     """The object stays the initial blob: the learning rates are 0."""
-    model = full_size_model(device)
+    model = full_size_model(device, compile)
     for name in ("full", "full-shaded"):
         total = 0
         for phase in (0, 1):
@@ -144,29 +163,24 @@ def main(argv):
     p.add_argument("--preset", help="tiny-gpu or tiny-cpu (by device)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--sheet", help="a picture: ours above the truth")
+    p.add_argument("--jobs", type=int, default=1, help="objects at a time; all then take longer")
     p.add_argument("--ablate", action="store_true")
     p.add_argument("--speed", nargs="?", type=int, const=40, metavar="STEPS")
+    p.add_argument("--compile", metavar="MODE", help="with --speed: of torch.compile, as default")
     args, rest = p.parse_known_args(argv)
     sync = torch.cuda.synchronize if args.device.startswith("cuda") else (lambda: None)
     if args.speed:
-        return speed(args.device, args.speed, sync)
+        return speed(args.device, args.speed, sync, args.compile)
 
     given = [f"{name.lstrip('-').replace('-', '_')}={value}"
              for name, value in zip(rest[::2], rest[1::2])]
     preset = args.preset or ("tiny-gpu" if args.device.startswith("cuda") else "tiny-cpu")
     s = generate.with_values(sds.PRESETS[preset], given)
-    model = MVDream.from_pretrained(args.model, device=args.device).accelerate()
     captions = data.toy_prompts(args.row, args.prompts, args.seed)
     print(f"{preset} {' '.join(given)}: {len(captions)} prompts, {args.row}, on {args.device}")
-    if not args.ablate:
-        numbers, pictures = evaluate(model, captions, s, args.seed)
-        print(HEAD, table_row("median", numbers), sep="\n")
-        if args.sheet and pictures:
-            save_sheet(args.sheet, pictures)
-        return
-    print(HEAD)
-    for guidance in (3.0, 50.0):
-        for name, change in ABLATIONS.items():
-            changed = replace(s, guidance=guidance, **change)
-            numbers, _ = evaluate(model, captions, changed, args.seed, verbose=False)
-            print(table_row(f"{name}, guidance {guidance:g}", numbers), flush=True)
+    rows = {"median": s} if not args.ablate else {
+        f"{name}, guidance {guidance:g}": replace(s, guidance=guidance, **change)
+        for guidance in (3.0, 50.0) for name, change in ABLATIONS.items()}
+    pictures = evaluate(rows, captions, (args.model, args.device), args.seed, args.jobs)
+    if args.sheet:
+        save_sheet(args.sheet, pictures)
