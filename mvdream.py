@@ -424,8 +424,7 @@ class MVDream(nn.Module):
         size, f = size or self.image_size, self.image_size // self.latent_size
         cell = f * 2 ** (len(self.unet.config.channel_mult) - 1)
         if not 1 <= steps <= 999 or size % cell:
-            raise ValueError(f"got {steps} steps, wanted are 1 to 999, or size {size}, wanted is a "
-                             f"multiple of {cell}")
+            raise ValueError(f"steps {steps}, size {size}: 1 to 999, and a multiple of {cell}")
         shape = (V, self.vae.config.z_channels, size // f, size // f)
         generators = [torch.Generator().manual_seed(seed + b) for b in range(B)]
 
@@ -481,8 +480,8 @@ class MVDream(nn.Module):
 
 
 class Graphs:
-    """A function recorded as a CUDA graph, forward and backward, for each set of shapes that its
-    arguments come in, and then replayed. What it returns holds until the next call."""
+    """A function that from the second call on is replayed as a CUDA graph, forward and backward,
+    one for each set of shapes that its arguments come in. A result holds until the next call."""
 
     def __init__(self, function):
         self.function, self.recorded = function, {}
@@ -491,11 +490,15 @@ class Graphs:
         tensors = tuple(x for x in args if torch.is_tensor(x))
         key = torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad)
                                          if torch.is_tensor(x) else x for x in args)
-        if key not in self.recorded:
+        if key not in self.recorded:                # the first call alone may have been the last
+            self.recorded[key] = None
+            return self.function(*args)
+        if self.recorded[key] is None:
             def function(*inputs):
                 rest = iter(inputs)
                 return self.function(*(next(rest) if torch.is_tensor(x) else x for x in args))
 
             inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
-            self.recorded[key] = torch.cuda.make_graphed_callables(function, inputs)
+            record = torch.cuda.make_graphed_callables
+            self.recorded[key] = record(function, inputs, num_warmup_iters=1)
         return self.recorded[key](*tensors)
