@@ -26,6 +26,7 @@ and the step, so a resumed run is the unbroken run, on any number of GPUs.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -50,7 +51,7 @@ from tqdm import tqdm
 import data
 from mvdream import MVDream, camera_condition, train_tokenizer
 from sources import VIEWS, Folders, Photos, ToyPool
-from unet import ResBlock, TransformerBlock
+from unet import ResBlock, TransformerBlock, UNet
 
 TINY = {                                      # the classes of Stable Diffusion 2.1, smaller numbers
     "unet": dict(model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1,
@@ -63,8 +64,6 @@ RUNS = {            # what is trained on, and what that needs unless flags say o
     "toy": dict(steps=15_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
     "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
     "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
-
-CPU = dict(batch=16)                            # the toy run's, without a GPU
 
 # Steps of each stage as shares of --steps.
 AUTOENCODER, BASE = 0.30, 0.14                  # the joint stage takes the rest
@@ -109,23 +108,21 @@ def diffusion_loss(model, x0, y, t, eps, c2w, num_views):
     return F.mse_loss(model.unet(x_t, t, context, camera, num_views).float(), target)
 
 
-def preservation(theta, theta_0):
-    """|theta - theta_0|_1 / N of DreamBooth: it keeps the model from forgetting all else."""
-    distance = sum((p - p_0).abs().sum() for p, p_0 in zip(theta, theta_0))
-    return distance / sum(p.numel() for p in theta)
+def preservation(theta, weight):
+    """DreamBooth's lambda |theta - theta_0|_1 / N, against forgetting; theta_0 is theta now."""
+    theta_0, N = [p.detach().clone() for p in theta], sum(p.numel() for p in theta)
+    return lambda: weight / N * sum((p - p_0).abs().sum() for p, p_0 in zip(theta, theta_0))
 
 
 class Loss(torch.nn.Module):
-    """L_MV, or DreamBooth's L_LDM + lambda |theta - theta_0|_1 / N, as a module, for DDP."""
+    """L_MV, and DreamBooth's term `keep`, as a module that holds the model, for DDP."""
 
-    def __init__(self, model, loss, theta, theta_0, args):
+    def __init__(self, model, loss, keep):
         super().__init__()
-        self.model, self.loss, self.weight = model, loss, args.preserve
-        self.theta, self.theta_0 = theta, theta_0
+        self.model, self.loss, self.keep = model, loss, keep
 
     def forward(self, *batch):
-        loss = self.loss(self.model, *batch)
-        return loss + self.weight * preservation(self.theta, self.theta_0) if self.theta_0 else loss
+        return self.loss(self.model, *batch) + self.keep()
 
 
 def shares(mode, args):
@@ -145,19 +142,16 @@ def plan(args, mode, first):
                 yield [(step, place) for place in range(part.start, part.stop)]
 
 
-def draw_pictures(model, source, step, args):
-    """A batch for the autoencoder, with the noise of its latents."""
-    g, h = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step), model.latent_size
-    x = source.images(max(4, args.batch // 8), g).contiguous(memory_format=torch.channels_last)
-    return model.vae, x, torch.randn(len(x), 4, h, h, generator=g, device=args.device)
-
-
-def draw(source, mode, step, part, args):
-    """Part of a step's batch with its noise: all that diffusion_loss needs, drawn on the device.
+def draw(model, source, mode, step, part, args):
+    """Part of a step's batch with its noise: all that a loss needs, drawn on the device.
     The whole batch's noise is drawn, so that it is the same however many ranks share it."""
-    views, device = VIEWS if mode == "3d" else 1, args.device
+    device, h = args.device, model.latent_size
     g = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+    if mode is None:                                                      # for the autoencoder
+        x = source.images(max(4, args.batch // 8), g).contiguous(memory_format=torch.channels_last)
+        return model.vae, x, torch.randn(len(x), 4, h, h, generator=g, device=device)
     x0, y, c2w = source.batch(mode, step, part, g)
+    views = VIEWS if mode == "3d" else 1
     B = args.batch // views
     t = torch.randint(1000, (B,), generator=g, device=device)[part]
     eps = torch.randn(B, views, *x0.shape[1:], generator=g, device=device)[part].flatten(0, 1)
@@ -189,21 +183,21 @@ def stage_of(step, args):
 
 def train(model, source, args):
     """All stages. Yields nothing, returns nothing: the result is in the model and in args.out."""
-    device, gpu = args.device, is_gpu(args)
-    learning = [model.unet, model.text_encoder] if args.train_text else [model.unet]
-    groups = {"autoencoder": list(model.vae.parameters()),
-              "diffusion": [p for network in learning for p in network.parameters()]}
-    theta_0 = [p.detach().clone() for p in groups["diffusion"]] if args.dreambooth else None
+    device, gpu = args.device, args.gpu
+    fixed = ".attn1." if args.model and args.attention == "new3d" else "none"   # beside the new
+    theta = [p for network in (model.unet, model.text_encoder)[:1 + args.train_text]
+             for name, p in network.named_parameters() if fixed not in name]
+    groups = {"autoencoder": list(model.vae.parameters()), "diffusion": theta}
+    keep = preservation(theta, args.preserve) if args.dreambooth else lambda: 0
     if gpu:
+        torch.backends.cudnn.benchmark = True                           # shapes never change
         torch.set_float32_matmul_precision("high")                      # TF32 where no bf16
         model.vae.to(memory_format=torch.channels_last)
         model.unet.to(memory_format=torch.channels_last)
     if args.recompute:
         recompute_activations(model.unet)
 
-    def autocast(half=True):
-        return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=gpu and half)
-
+    autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16)
     compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
     phase, optimizer, ema, losses, began = None, None, None, [], time.time()
     saved = began
@@ -222,18 +216,16 @@ def train(model, source, args):
                 swap(groups["autoencoder"], ema)                      # the average is what we keep
                 g = torch.Generator(device).manual_seed(args.seed)
                 standardise(model.vae, [source.images(args.batch, g) for _ in range(4)])
+            first = args.autoencoder_steps if phase == "diffusion" else 0
+            count = (args.steps if phase == "diffusion" else args.autoencoder_steps) - first
             model.requires_grad_(False)
             parameters = [p.requires_grad_() for p in groups[phase]]
             objective = compiled(autoencoder_loss)
             if phase == "diffusion":
-                objective = Loss(model, compiled(diffusion_loss), parameters, theta_0, args)
-                if args.ranks > 1:                                    # averages the gradients
-                    objective = DistributedDataParallel(objective, broadcast_buffers=False,
-                                                        find_unused_parameters=True)
-                with autocast(source.half):
+                objective = parallel(Loss(model, compiled(diffusion_loss), keep), args)
+                with autocast(enabled=gpu and source.half):
                     source.begin(compiled(model.vae.encode))
-            optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01,
-                                          fused=gpu)
+            optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=gpu)  # decay 0.01
             ema = [p.detach().clone() for p in parameters]
             if state:
                 optimizer.load_state_dict(state["optimizer"])
@@ -242,15 +234,12 @@ def train(model, source, args):
         # One step. Its batch is a function of the seed and the step, so resuming repeats nothing.
         parts = shares(mode, args)                                    # gradients add up over them
         for part in parts:
-            apart = args.ranks > 1 and part is not parts[-1]          # ranks meet once a step
-            with autocast(), objective.no_sync() if apart else contextlib.nullcontext():
-                loss = objective(*(draw(source, mode, step, part, args) if mode else
-                                   draw_pictures(model, source, step, args)))
+            meet = args.ranks == 1 or part is parts[-1]               # ranks do so once a step
+            with autocast(enabled=gpu), contextlib.nullcontext() if meet else objective.no_sync():
+                loss = objective(*draw(model, source, mode, step, part, args))
             (loss / len(parts)).backward()
             losses.append((mode or "vae", loss.detach()))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        first, count = ((0, args.autoencoder_steps) if phase == "autoencoder" else
-                        (args.autoencoder_steps, args.steps - args.autoencoder_steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - first, count, args.lr, args.floor)
         optimizer.step()
@@ -267,7 +256,9 @@ def train(model, source, args):
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr")
             bar.set_postfix(stage=stage, **{k: f"{v:.4f}" for k, v in means.items()})
-            log(args, step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
+            line = dict(step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
+            with open(args.out / "log.jsonl" if args.rank == 0 else os.devnull, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if args.rank > 0:                                             # the rest is one rank's work
             continue
         if (stop or time.time() - saved > args.save_every) and step + 1 < args.steps:
@@ -281,6 +272,14 @@ def train(model, source, args):
             sample_sheet(model, args.out / f"samples_{step + 1:06d}.png", source.prompts)
             swap(parameters, ema)
     swap(parameters, ema)
+
+
+def parallel(objective, args):
+    """Average the gradients over the ranks while the backward pass goes on, 200 MB at a time
+    (torch.compile cuts its graph there too). 2D steps leave the camera's layers unused."""
+    return objective if args.ranks == 1 else DistributedDataParallel(
+        objective, broadcast_buffers=False, bucket_cap_mb=200, gradient_as_bucket_view=True,
+        find_unused_parameters=args.mix < 1 or args.base_steps > 0)
 
 
 @torch.no_grad()
@@ -300,12 +299,6 @@ def recompute_activations(unet):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-def log(args, **values):
-    if args.rank == 0:
-        with open(args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
-
 
 def save_checkpoint(model, optimizer, ema, step, args):
     """Everything a run needs to go on. Written beside its place, then renamed: never half a file;
@@ -360,7 +353,7 @@ def sample_sheet(model, path, prompts):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, help="fine-tune this model: the joint stage alone")
+    add("--model", type=Path, help="fine-tune this model, on the toy world or data of your own")
     add("--data", type=Path, help="folder of rendered view sets")
     add("--images", type=Path, help="folder of captioned pictures, for the 2D steps")
     add("--dreambooth", type=Path, help="folder of a few photos of the --subject")
@@ -368,8 +361,7 @@ def parse(argv=None):
     add("--preserve", type=float, default=1.0, help="DreamBooth's lambda (default %(default)s)")
     add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
     add("--steps", type=int, help="of all stages (default 15000; folders 50000; photos 600)")
-    add("--batch", type=int, help="pictures a step, on all devices together (default 512 on a GPU, "
-        "16 without; folders 4096; photos 4)")
+    add("--batch", type=int, help="pictures a step (default 512, CPU 16; folders 4096; photos 4)")
     add("--micro", type=int, help="pictures at a time on one device (default: its share of a "
         "batch; folders 32)")
     add("--recompute", action="store_true", help="less memory, a third more time")
@@ -379,10 +371,10 @@ def parse(argv=None):
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("outputs/train"), help="folder (default %(default)s)")
     add("--device", help="cuda, cpu, mps (default: what is there)")
-    add("--attention", default="inflated", choices=("inflated", "none", "temporal", "new3d"),
-        help="how views see each other (default: the paper's choice)")
-    add("--camera", default="time", choices=("time", "text", "none"),
-        help="where the camera enters (default: the paper's choice)")
+    add("--attention", choices=("inflated", "none", "temporal", "new3d"),
+        help="how views see each other (default: the model's; the paper's choice is inflated)")
+    add("--camera", choices=("time", "text", "none"),
+        help="where the camera enters (default: the model's; the paper's choice is time)")
     add("--sets", type=int, help="toy sets to render (default: what the steps use, 40000 at most)")
     add("--save-every", type=float, help="seconds between checkpoints (default 60; folders 1800)")
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
@@ -395,8 +387,9 @@ def parse(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device} is not here: leave it out, or take cpu") from None
-    gpu = is_gpu(args)
-    for key, value in (RUNS[args.kind] | (CPU if args.kind == "toy" and not gpu else {})).items():
+    args.gpu = args.device.startswith("cuda")
+    slow = {"batch": 16} if args.kind == "toy" and not args.gpu else {}
+    for key, value in (RUNS[args.kind] | slow).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     fresh, share = not args.model, args.batch // args.ranks     # fresh: no autoencoder, no 2D base
@@ -408,10 +401,10 @@ def parse(argv=None):
     args.base_steps = int(BASE * args.steps * fresh)
     args.train_text = args.train_text or args.kind == "toy"
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() // args.ranks) if gpu else 0
+        args.workers = min(8, os.cpu_count() // args.ranks) if args.gpu else 0
     seen = (args.steps - args.autoencoder_steps) * args.batch // VIEWS
-    args.sets = args.sets or max(16, min(seen, 40_000 if gpu else 2_000))
-    args.report = 50 if gpu else 5
+    args.sets = args.sets or max(16, min(seen, 40_000 if args.gpu else 2_000))
+    args.report = 50 if args.gpu else 5
     args.settings = {k: getattr(args, k) for k in (
         "steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets", "train_text",
         "preserve")}
@@ -441,31 +434,38 @@ def refuse(args):
             raise ValueError(sentence)
 
 
-def is_gpu(args):
-    return args.device.startswith("cuda")
-
-
-def new_model(args):
+def new_model():
     """The tiny model, its vocabulary all words of the toy world's captions."""
     captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(captions, Path(folder))
-    unet = {**TINY["unet"], "attention": args.attention, "camera": args.camera}
     text = {**TINY["text"], "vocab_size": len(tokenizer.vocab)}
-    return MVDream.from_config({**TINY, "unet": unet, "text": text}, tokenizer)
+    return MVDream.from_config({**TINY, "text": text}, tokenizer)
+
+
+def change(unet, **flags):
+    """The same weights with another attention or camera; layers that this adds start at zero."""
+    config = dataclasses.replace(unet.config, **{k: v for k, v in flags.items() if v})
+    if config == unet.config:
+        return unet
+    changed, same = UNet(config), config.camera == unet.config.camera
+    changed.load_state_dict({k: v for k, v in unet.state_dict().items()
+                             if same or "camera_embed" not in k}, strict=False)
+    return changed
 
 
 def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    if is_gpu(args):
+    if args.gpu:
         data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
     if args.ranks > 1:
-        if is_gpu(args):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if is_gpu(args) else "gloo")
-    model = MVDream.from_pretrained(args.model) if args.model else new_model(args)
+        if args.gpu:
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.gpu else "gloo")
+    model = MVDream.from_pretrained(args.model) if args.model else new_model()
+    model.unet = change(model.unet, attention=args.attention, camera=args.camera)
     model.image_size = min(256, model.image_size)                         # the paper's fine-tuning
     model.to(args.device)
     began = time.time()

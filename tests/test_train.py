@@ -293,9 +293,41 @@ def test_dreambooth(world, tmp_path, capsys):
 
 
 def test_preservation_by_hand():
-    theta = [torch.tensor([1., -2.]), torch.tensor([[3., 3.]])]
-    theta_0 = [torch.zeros(2), torch.ones(1, 2)]
-    assert train.preservation(theta, theta_0).item() == (1 + 2 + 2 + 2) / 4
+    theta = [torch.zeros(2), torch.ones(1, 2)]
+    keep = train.preservation(theta, weight=10)
+    assert keep().item() == 0
+    theta[0] += torch.tensor([1., -2.])
+    theta[1] += 2
+    assert keep().item() == 10 * (1 + 2 + 2 + 2) / 4
+
+
+def test_another_attention_or_camera_starts_as_the_model_that_it_changes(world):
+    unet = MVDream.from_pretrained(world / "model").unet
+    x, t, context, camera = torch.randn(4, 4, 8, 8), torch.ones(4), torch.randn(4, 77, 32), torch.randn(4, 16)
+    blind = train.change(unet, attention="none", camera=None)
+    for attention in ("temporal", "new3d"):                          # what they add is zero at first
+        changed = train.change(unet, attention=attention, camera=None)
+        assert len(changed.state_dict()) > len(unet.state_dict())
+        assert torch.equal(changed(x, t, context, camera, 4), blind(x, t, context, camera, 4))
+    for camera_place in ("none", "text"):                            # 2D mode never hears of cameras
+        changed = train.change(unet, attention=None, camera=camera_place)
+        assert torch.equal(changed(x, t, context), unet(x, t, context))
+    assert train.change(unet, attention=None, camera="time") is unet
+
+
+def test_a_model_goes_on_in_the_toy_world_with_another_attention(world, tmp_path):
+    def go_on(model, out, *more):
+        train.main(["--model", str(model), "--steps", "12", "--batch", "8", "--sets", "3", "--lr",
+                    "1e-2", "--device", "cpu", "--out", str(tmp_path / out), *more])
+        return MVDream.from_pretrained(tmp_path / out).unet
+    before = MVDream.from_pretrained(world / "model").unet.state_dict()
+    new = go_on(world / "model", "new", "--attention", "new3d")
+    assert {json.loads(line)["stage"] for line in open(tmp_path / "new" / "log.jsonl")} == {"joint"}
+    moved = {k for k, v in new.state_dict().items() if k in before and not torch.equal(v, before[k])}
+    assert moved and not any("attn1" in k for k in moved)            # the 2D attention is frozen
+    assert all(block.attn3.to_out[0].weight.abs().max() > 0 for block in new.modules()
+               if isinstance(block, train.TransformerBlock))
+    assert go_on(tmp_path / "new", "more").config.attention == "new3d"       # the model's own
 
 
 def test_shares_of_a_step():
