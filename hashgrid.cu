@@ -11,7 +11,9 @@ the cores of it, nvcc a CUDA kernel as well. hashgrid.py says what is computed, 
              ray share coarse cells: a thread sums a run of points and adds once a cell.
              On the CPU one thread owns a level: no atomics.
   march      a thread a ray tests every step, some instructions and one cached byte each.
-  composite  a thread a ray, front to back: bound by reading and writing each sample once.
+  composite  a warp a ray, front to back: bound by memory. Of a sample, sigma, t and colour are read,
+             w written: 24 bytes; backward reads those 20 again, writes 16. Ten million samples: at
+             3.35 TB/s 0.18 ms both ways. Rays of 40 samples fill two thirds of their lanes.
 
 Letters: N points, L levels, T rows of a level, R rays, u place in a cell, v direction. */
 #include <ATen/ATen.h>
@@ -34,7 +36,7 @@ using In = const Tensor&;
 using MaybeIn = const std::optional<Tensor>&;
 using Ints = at::IntArrayRef;
 constexpr int MAX_LEVELS = 32, GROUP = 4;        // a CUDA thread walks a group of levels
-constexpr float EARLY_STOP = 1e-4f;              // a ray ends where less of its light is left
+constexpr float DARK = 9.2103404f;               // a ray ends where only exp(-DARK) = 1e-4 is left
 
 // ---- Running a body over items x groups ----
 
@@ -303,37 +305,69 @@ struct March {
   }
 };
 
+// CUDA: a warp shares a ray, a lane takes each 32nd of its samples. The CPU: one lane takes all.
+#ifdef __CUDA_ARCH__
+constexpr int LANES = 32;
+HD float last(float x) { return __shfl_sync(~0u, x, LANES - 1); }
+HD float before(float x) {                       // its sum over the lanes before this one
+  const int lane = threadIdx.x % LANES;
+  x = __shfl_up_sync(~0u, x, 1), x = lane ? x : 0;
+  UNROLL for (int i = 1; i < LANES; i *= 2) {
+    const float y = __shfl_up_sync(~0u, x, i);
+    x += lane >= i ? y : 0;
+  }
+  return x;
+}
+#else
+constexpr int LANES = 1;
+HD float last(float x) { return x; }
+HD float before(float) { return 0; }
+#endif
+
 template <int C, bool BACKWARD> struct Composite {     // sums[ray] = sum of w [values, 1, t]
   const float *sigma, *values, *t;
   const int64_t* offsets;
+  int64_t R, N;
   float delta;
   const float *grad, *sums_before;               // backward: of sums, and sums
   float *first, *second;                         // sums and w; backward: gradients of sigma, values
 
-  HD void operator()(int64_t ray, int) const {
-    float light = 1, sum[C + 2] = {}, up[C + 2], behind = 0;
+  HD void operator()(int64_t item, int) const {
+    const int64_t ray = item / LANES, lane = item % LANES, end = offsets[ray + 1];
+    float up[C + 2], sum[C + 2] = {}, depth = 0, behind = 0;   // depth: optical, before the chunk
     UNROLL for (int c = 0; c < C + 2 && BACKWARD; c++) {
       up[c] = grad[ray * (C + 2) + c];
       behind += up[c] * sums_before[ray * (C + 2) + c];
     }
-    for (int64_t n = offsets[ray]; n < offsets[ray + 1] && light > EARLY_STOP; n++) {
-      const float w = light * -expm1f(-sigma[n] * delta);
-      light -= w;
+    for (int64_t n = offsets[ray] + lane; n - lane < end; n += LANES) {
+      const float tau = n < end && depth < DARK ? sigma[n] * delta : 0;
+      const float over = depth + before(tau), light = over < DARK ? expf(-over) : 0;
+      const float w = light * -expm1f(-tau);
+      const bool lit = n < end && over < DARK;
+      depth = last(over + tau);
       if constexpr (BACKWARD) {
-        float g = up[C] + up[C + 1] * t[n];      // grad . [values, 1, t]
+        float g = lit ? up[C] + up[C + 1] * t[n] : 0;          // grad . [values, 1, t]
         UNROLL for (int c = 0; c < C; c++) {
-          g += up[c] * values[n * C + c];
-          second[n * C + c] = up[c] * w;
+          if (lit) g += up[c] * values[n * C + c];
+          if (n < end) second[n * C + c] = up[c] * w;
         }
-        behind -= w * g;                         // the sum of w g over the samples behind n
-        first[n] = delta * (light * g - behind);
+        behind -= before(w * g) + w * g;         // the sum of w g over the samples behind n
+        if (n < end) first[n] = lit ? delta * ((light - w) * g - behind) : 0;
+        behind = last(behind);
       } else {
-        UNROLL for (int c = 0; c < C; c++) sum[c] += w * values[n * C + c];
-        sum[C] += w, sum[C + 1] += w * t[n];
-        second[n] = w;
+        UNROLL for (int c = 0; c < C; c++) sum[c] += lit ? w * values[n * C + c] : 0;
+        sum[C] += w, sum[C + 1] += lit ? w * t[n] : 0;
+        if (n < end) second[n] = w;
       }
     }
-    UNROLL for (int c = 0; c < C + 2 && !BACKWARD; c++) first[ray * (C + 2) + c] = sum[c];
+    UNROLL for (int c = 0; c < C + 2 && !BACKWARD; c++) {
+      const float all = last(before(sum[c]) + sum[c]);
+      if (lane == 0) first[ray * (C + 2) + c] = all;
+    }
+    for (int64_t n = offsets[R] + item; n < N; n += R * LANES) {       // room that no ray has filled
+      (BACKWARD ? first : second)[n] = 0;
+      UNROLL for (int c = 0; c < C && BACKWARD; c++) second[n * C + c] = 0;
+    }
   }
 };
 
@@ -400,13 +434,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> march(In origins, In directions, In o
 std::tuple<Tensor, Tensor> composite(In sigma, In values, In t, In offsets, double delta,
                                      MaybeIn grad, MaybeIn sums) {
   const Tensor s = plain(sigma), c = plain(values), t_ = plain(t), g = plain(grad), y = plain(sums);
-  const int64_t C = c.size(1), R = offsets.size(0) - 1;
+  const int64_t C = c.size(1), R = offsets.size(0) - 1, N = s.size(0);
   TORCH_CHECK(C == 3 || C == 6, "composite: 3 or 6 channels, not ", C);
-  const Tensor first = grad ? at::zeros_like(s) : at::empty({R, C + 2}, s.options());
-  const Tensor second = at::zeros_like(grad ? c : s);
+  const auto blank = [&](In x) { return R ? at::empty_like(x) : at::zeros_like(x); };
+  const Tensor first = grad ? blank(s) : at::empty({R, C + 2}, s.options());
+  const Tensor second = blank(grad ? c : s);
   const auto run = [&](auto C, auto backward) {
-    launch(s, R, 1, Composite<C, backward>{in(s), in(c), in(t_), offsets.const_data_ptr<int64_t>(),
-                                           (float)delta, in(g), in(y), out(first), out(second)});
+    launch(s, s.is_cuda() ? 32 * R : R, 1, Composite<C, backward>{
+        in(s), in(c), in(t_), offsets.const_data_ptr<int64_t>(), R, N, (float)delta, in(g), in(y),
+        out(first), out(second)});
   };
   const auto pick = [&](auto C) { grad ? run(C, std::true_type()) : run(C, std::false_type()); };
   C == 3 ? pick(std::integral_constant<int, 3>()) : pick(std::integral_constant<int, 6>());
@@ -422,11 +458,7 @@ TORCH_LIBRARY(hashgrid, m) {
   m.def("composite(Tensor sigma, Tensor values, Tensor t, Tensor offsets, float delta,"
         " Tensor? grad, Tensor? sums) -> (Tensor, Tensor)");
 }
-static void implement(torch::Library& m) {
+TORCH_LIBRARY_IMPL(hashgrid, CompositeExplicitAutograd, m) {           // the CPU and CUDA alike
   m.impl("gather", gather), m.impl("pull", pull), m.impl("scatter", scatter);
   m.impl("march", march), m.impl("composite", composite);
 }
-TORCH_LIBRARY_IMPL(hashgrid, CPU, m) { implement(m); }
-#ifdef __CUDACC__
-TORCH_LIBRARY_IMPL(hashgrid, CUDA, m) { implement(m); }
-#endif

@@ -58,19 +58,13 @@ def load_kernels():
     if cuda and not cpp_extension.CUDA_HOME:
         raise RuntimeError("no nvcc; install the CUDA toolkit that torch.version.cuda names")
     arch = "%d%d" % torch.cuda.get_device_capability() if cuda else "cpu"
-    sources = [Path(__file__).with_name(name) for name in ("hashgrid.cu", "network.cu")[:1 + cuda]]
-    sources = {file.name: file.read_bytes() for file in sources}
+    sources = {name: Path(__file__).with_name(name).read_bytes()
+               for name in ("hashgrid.cu", "network.cu")[:1 + cuda]}
     info = Path("/proc/cpuinfo")
     cpu = info.read_text().partition("flags")[2].partition("\n")[0] if info.exists() else ""
     key = hashlib.sha256(repr((sources, torch.__version__, arch, cpu)).encode()).hexdigest()[:16]
-    for root in (Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mvdream"),
-                 Path(tempfile.gettempdir()) / f"mvdream-{os.getuid()}"):   # where home is closed
-        with contextlib.suppress(OSError):
-            root.mkdir(parents=True, exist_ok=True)
-            lock = open(root / f"{key}.lock", "w")
-            break
-    library = root / f"hashgrid_{key}.so"
-    with lock:
+    library = cache_folder() / f"hashgrid_{key}.so"
+    with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             torch.ops.load_library(str(library))
@@ -79,6 +73,20 @@ def load_kernels():
             compile_kernels(sources, arch, library)
     register_derivatives(cuda)
     return ("cpu", "cuda") if cuda else ("cpu",)
+
+
+def cache_folder():
+    """At home or as asked for; where that is closed, a temporary folder that no one else writes."""
+    ours = Path(tempfile.gettempdir()) / f"mvdream-{os.getuid()}"
+    asked = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mvdream")
+    for folder in (asked, ours):
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()                          # may we write?
+            found = folder.lstat()
+            if folder == asked or found.st_uid == os.getuid() and not found.st_mode & 0o022:
+                return folder
+    return Path(tempfile.mkdtemp(prefix="mvdream-"))
 
 
 def compile_kernels(sources, arch, library):

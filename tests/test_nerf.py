@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,10 @@ def test_march_into_reserved_room(device):
         assert len(t2) == len(x2) == room and total2 == total and offsets2[-1] == min(room, total)
         n = min(room, int(total))
         assert torch.equal(t2[:n], t[:n]) and torch.equal(x2[:n], x[:n]) and not t2[n:].any()
+        sigma, rgb = torch.ones_like(t2).requires_grad_(), torch.ones_like(x2).requires_grad_()
+        sums, w = hashgrid.composite(sigma, rgb, t2, offsets2, 0.1)
+        for a in (w, *torch.autograd.grad(sums.sum(), (sigma, rgb))):       # room that no ray fills
+            assert a[:n].all() and not a[n:].any()
 
 
 @each_device
@@ -525,7 +530,8 @@ def test_two_builds_at_once_in_a_closed_home(tmp_path):
     if not hashgrid.kernels("cpu"):
         pytest.skip("no compiler")
     cache = tmp_path / f"mvdream-{os.getuid()}"
-    (cache / "tmpbroken").mkdir(parents=True)
+    cache.mkdir(mode=0o700)
+    (cache / "tmpbroken").mkdir()
     (cache / "tmpbroken" / "lock").touch()
     place = dict(TORCH_EXTENSIONS_DIR="/dev/null/cache", TMPDIR=str(tmp_path))
     both = [start(**place), start(**place)]
@@ -535,3 +541,17 @@ def test_two_builds_at_once_in_a_closed_home(tmp_path):
     assert len(list(cache.glob("hashgrid_*.so"))) == 1
     out, err = start(**place).communicate()
     assert "tensor(10." in out and not err
+
+
+def test_no_folder_that_others_may_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/dev/null/cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours = hashgrid.cache_folder()
+    assert ours.parent == tmp_path and ours.stat().st_mode & 0o777 == 0o700
+    assert hashgrid.cache_folder() == ours
+    ours.chmod(0o777)
+    assert hashgrid.cache_folder() != ours
+    ours.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    ours.symlink_to(tmp_path / "elsewhere")
+    assert hashgrid.cache_folder() != ours
