@@ -11,7 +11,7 @@ the cores of it, nvcc a CUDA kernel as well. hashgrid.py says what is computed, 
              ray share coarse cells: a thread sums a run of points and adds once a cell.
              On the CPU one thread owns a level: no atomics.
   march      a thread a ray tests every step, some instructions and one cached byte each.
-  composite  a warp a ray, front to back: bound by memory. Of a sample, sigma, t and colour are read,
+  composite  a warp a ray, front to back: bound by memory. Of a sample sigma, t, colour are read,
              w written: 24 bytes; backward reads those 20 again, writes 16. Ten million samples: at
              3.35 TB/s 0.18 ms both ways. Rays of 40 samples fill two thirds of their lanes.
 
@@ -64,6 +64,24 @@ template <class Body> void launch(In where, int64_t items, int groups, Body body
       for (int g = items > 1 ? 0 : i; g < groups; g += hands) body(items > 1 ? i : 0, g);
   });
 }
+
+#ifdef __CUDA_ARCH__
+constexpr int LANES = 32;
+HD float last(float x) { return __shfl_sync(~0u, x, LANES - 1); }
+HD float before(float x) {                       // its sum over the warp's lanes before this one
+  const int lane = threadIdx.x % LANES;
+  x = __shfl_up_sync(~0u, x, 1), x = lane ? x : 0;
+  UNROLL for (int i = 1; i < LANES; i *= 2) {
+    const float y = __shfl_up_sync(~0u, x, i);
+    x += lane >= i ? y : 0;
+  }
+  return x;
+}
+#else
+constexpr int LANES = 1;
+HD float last(float x) { return x; }
+HD float before(float) { return 0; }
+#endif
 
 static float* out(In x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
 static const float* in(In x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
@@ -129,11 +147,7 @@ struct Cell {
   }
 };
 
-#ifdef __CUDA_ARCH__
-constexpr bool PAIRS = true;
-#else
-constexpr bool PAIRS = false;                    // the CPU's cache lines pair them anyway
-#endif
+constexpr bool PAIRS = LANES > 1;                // the CPU's cache lines pair them anyway
 template <class S> struct alignas(2 * sizeof(S)) Row { S x, y; };
 template <class S> struct alignas(4 * sizeof(S)) Pair { Row<S> low, high; };
 
@@ -306,24 +320,6 @@ struct March {
 };
 
 // CUDA: a warp shares a ray, a lane takes each 32nd of its samples. The CPU: one lane takes all.
-#ifdef __CUDA_ARCH__
-constexpr int LANES = 32;
-HD float last(float x) { return __shfl_sync(~0u, x, LANES - 1); }
-HD float before(float x) {                       // its sum over the lanes before this one
-  const int lane = threadIdx.x % LANES;
-  x = __shfl_up_sync(~0u, x, 1), x = lane ? x : 0;
-  UNROLL for (int i = 1; i < LANES; i *= 2) {
-    const float y = __shfl_up_sync(~0u, x, i);
-    x += lane >= i ? y : 0;
-  }
-  return x;
-}
-#else
-constexpr int LANES = 1;
-HD float last(float x) { return x; }
-HD float before(float) { return 0; }
-#endif
-
 template <int C, bool BACKWARD> struct Composite {     // sums[ray] = sum of w [values, 1, t]
   const float *sigma, *values, *t;
   const int64_t* offsets;
@@ -364,7 +360,7 @@ template <int C, bool BACKWARD> struct Composite {     // sums[ray] = sum of w [
       const float all = last(before(sum[c]) + sum[c]);
       if (lane == 0) first[ray * (C + 2) + c] = all;
     }
-    for (int64_t n = offsets[R] + item; n < N; n += R * LANES) {       // room that no ray has filled
+    for (int64_t n = offsets[R] + item; n < N; n += R * LANES) {     // room that no ray has filled
       (BACKWARD ? first : second)[n] = 0;
       UNROLL for (int c = 0; c < C && BACKWARD; c++) second[n * C + c] = 0;
     }
