@@ -12,7 +12,8 @@ Letters: B objects, V views of each, N = B*V pictures, R rays a picture, P primi
 
 The toy world: an object is at most P = 24 coloured primitives, traced exactly, and its caption says
 all of it: "a red robot wearing a blue hat", "an orange car with blue wheels".  `python data.py`
-draws them; `python data.py FOLDER` checks data of your own, whose form sources.py explains.
+draws them; `python data.py FOLDER` checks data of your own, whose form sources.py explains, and
+`python data.py render MODELS FOLDER` makes such data of 3D models (render.py).
 """
 import functools
 import math
@@ -422,7 +423,10 @@ def contact_sheet(path):
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:]:
+        if sys.argv[1:2] == ["render"]:
+            from render import main
+            main(sys.argv[2:])
+        elif sys.argv[1:]:
             import sources
             print(sources.check(sys.argv[1], "outputs/data.png"))
             print("outputs/data.png: what training would see of it")
