@@ -287,10 +287,14 @@ class Schedule(nn.Module):
         return alpha * output + sigma * x_t
 
 
-def ddim(denoise, x, abar, steps, eta=0.0, randn=None):
-    """DDIM: to the predicted x0, and back to the noise level before; yields x after each step.
-    denoise(x, t) -> x0. The released code's times: 1, 1 + 1000/S, ...; the last goes to abar[0]."""
+# Both go from noise to x0: denoise(x, t) -> x0; yields x after each step. At the first time t some
+# of x0 is left, sqrt(abar) = 0.07 or more of it, so that is where x_t's mean is: not at 0.
+
+def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
+    """DDIM: to the predicted x0, and back to the noise level before. The released code's times:
+    1, 1 + 1000/S, ...; the last goes to abar[0]."""
     times = list(range(1, 1000, 1000 // steps))
+    x = start + abar[times[-1]] ** 0.5 * mean
     for t, t_next in zip(times[::-1], [*times[-2::-1], 0]):
         a, a_next, x0 = abar[t], abar[t_next], denoise(x, t)
         noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5
@@ -301,13 +305,13 @@ def ddim(denoise, x, abar, steps, eta=0.0, randn=None):
         yield x
 
 
-def dpm_solver(denoise, x, abar, steps):
+def dpm_solver(denoise, start, mean, abar, steps):
     """DPM-Solver++(2M): the ODE in lambda = log(alpha / sigma), its steps even in lambda, where x0
     is extrapolated from two of them."""
     lam = [0.5 * math.log(a / (1 - a)) for a in abar]
     even = [lam[-1] + (lam[0] - lam[-1]) * i / steps for i in range(steps + 1)]
     times = sorted({min(range(1000), key=lambda t: abs(lam[t] - l)) for l in even}, reverse=True)
-    before = None
+    x, before = start + abar[times[0]] ** 0.5 * mean, None
     for t_last, t, t_next in zip([None, *times], times, times[1:]):
         x0, h = denoise(x, t), lam[t_next] - lam[t]
         ahead = x0 if before is None else x0 + (x0 - before) * h / (2 * (lam[t] - lam[t_last]))
@@ -326,10 +330,11 @@ def camera_condition(c2w):
 
 
 class MVDream(nn.Module):
-    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size):
+    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size, mean=(0.0,) * 4):
         super().__init__()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule, self.image_size = tokenizer, schedule, image_size
+        self.register_buffer("latent_mean", torch.tensor(mean, device=self.device))        # E[x0]
 
     @classmethod
     def from_config(cls, config, tokenizer):
@@ -337,7 +342,8 @@ class MVDream(nn.Module):
         return cls(UNet(UNetConfig(**config.get("unet", {}))),
                    AutoencoderKL(VAEConfig(**config.get("vae", {}))),
                    TextEncoder(TextConfig(**config.get("text", {}))), tokenizer,
-                   Schedule(config.get("prediction", "epsilon")), config.get("image_size", 256))
+                   Schedule(config.get("prediction", "epsilon")), config.get("image_size", 256),
+                   config.get("latent_mean", (0.0,) * 4))
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
@@ -351,7 +357,8 @@ class MVDream(nn.Module):
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
         schedule = Schedule(config["prediction"]).to(device)
-        return cls(unet, vae, text, tokenizer, schedule, config["image_size"]).eval()
+        return cls(unet, vae, text, tokenizer, schedule, config["image_size"],
+                   config.get("latent_mean", (0.0,) * 4)).eval()
 
     def save_pretrained(self, path):
         """config.json, tokenizer/ and model.safetensors with the keys and shapes of the released
@@ -368,7 +375,7 @@ class MVDream(nn.Module):
         tensors |= schedule_tables(self.schedule.alphas_cumprod)
         config = {"unet": asdict(self.unet.config), "vae": asdict(self.vae.config),
                   "text": asdict(text), "image_size": self.image_size,
-                  "prediction": self.schedule.prediction}
+                  "latent_mean": self.latent_mean.tolist(), "prediction": self.schedule.prediction}
         write_vocabulary(Path(path) / "tokenizer", self.tokenizer.vocab, self.tokenizer.merges)
         write(Path(path) / "config.json", json.dumps(config, indent=1))
         write(Path(path) / "model.safetensors", tensors)
@@ -451,8 +458,9 @@ class MVDream(nn.Module):
             ratio = x0_text.std(1) / x0.flatten(1).std(1)       # the spreads of whole sets of views
             return x0 * (rescale * ratio + 1 - rescale).view(B, 1, 1, 1, 1)
 
-        x = randn() if latents is None else latents.to(device, torch.float32)
-        start = denoise, x, self.schedule.alphas_cumprod.tolist(), steps
+        noise = randn() if latents is None else latents.to(device, torch.float32)
+        mean = self.latent_mean.to(noise)[:, None, None]
+        start = denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps
         yield from dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
 
     def accelerate(self, compile=None):

@@ -61,12 +61,12 @@ TINY = {                                      # the classes of Stable Diffusion 
     "image_size": 128, "prediction": "epsilon"}
 
 RUNS = {            # what is trained on, and what that needs unless flags say otherwise
-    "toy": dict(steps=15_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
+    "toy": dict(steps=11_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
     "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
     "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
 
 # Steps of each stage as shares of --steps.
-AUTOENCODER, BASE = 0.30, 0.14                  # the joint stage takes the rest
+AUTOENCODER, BASE = 0.22, 0.16                  # the joint stage takes the rest
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -82,19 +82,18 @@ def autoencoder_loss(vae, x, noise):
 
 
 @torch.no_grad()
-def standardise(vae, images):
-    """Give every latent channel mean 0 and variance 1, by folding z' = (z - m) / s into the two 1x1
-    convolutions between encoder, latent and decoder. Sampling starts from pure noise, as if nothing
-    of x0 were left at t = 999; yet sqrt(abar) is 0.07 there, and a mean would be missed."""
-    z = torch.cat([vae.encode(x)[0] for x in images])
-    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    q, p, C = vae.quant_conv, vae.post_quant_conv, len(m)
-    q.weight[:C] /= s[:, None, None, None]
-    q.bias[:C] = (q.bias[:C] - m) / s
-    q.bias[C:] -= 2 * s.log()                                             # the log-variance
-    p.bias += p.weight[:, :, 0, 0] @ m
-    p.weight *= s[:, None, None]
-    vae.config.scale_factor = 1.0
+def standardise(model, images):
+    """Bring the latents to variance 1, by folding 1/s into the 1x1 convolutions on their two sides,
+    and note their mean E[x0], where sampling has to start."""
+    z = torch.cat([model.vae.encode(x)[0] for x in images])
+    s, q, p = z.std(), model.vae.quant_conv, model.vae.post_quant_conv
+    mean, logvar = slice(None, z.shape[1]), slice(z.shape[1], None)
+    q.weight[mean] /= s
+    q.bias[mean] /= s
+    q.bias[logvar] -= 2 * s.log()
+    p.weight *= s
+    model.vae.config.scale_factor = 1.0
+    model.latent_mean.copy_(z.mean((0, 2, 3)) / s)
 
 
 def diffusion_loss(model, x0, y, t, eps, c2w, num_views):
@@ -215,7 +214,7 @@ def train(model, source, args):
             if phase == "diffusion" and ema is not None:
                 swap(groups["autoencoder"], ema)                      # the average is what we keep
                 g = torch.Generator(device).manual_seed(args.seed)
-                standardise(model.vae, [source.images(args.batch, g) for _ in range(4)])
+                standardise(model, [source.images(args.batch, g) for _ in range(4)])
             first = args.autoencoder_steps if phase == "diffusion" else 0
             count = (args.steps if phase == "diffusion" else args.autoencoder_steps) - first
             model.requires_grad_(False)
@@ -360,7 +359,7 @@ def parse(argv=None):
     add("--subject", help='what the photos show: "a photo of sks dog"')
     add("--preserve", type=float, default=1.0, help="DreamBooth's lambda (default %(default)s)")
     add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
-    add("--steps", type=int, help="of all stages (default 15000; folders 50000; photos 600)")
+    add("--steps", type=int, help="of all stages (default 11000; folders 50000; photos 600)")
     add("--batch", type=int, help="pictures a step (default 512, CPU 16; folders 4096; photos 4)")
     add("--micro", type=int, help="pictures at a time on one device (default: its share of a "
         "batch; folders 32)")

@@ -134,12 +134,25 @@ ABAR = Schedule().alphas_cumprod.tolist()
 
 def test_samplers_with_a_perfect_network():
     x0, x, seen = torch.tensor([2.]), torch.tensor([5.]), []
-    for x in ddim(lambda x, t: seen.append(t) or x0, x, ABAR, steps=50):
+    for x in ddim(lambda x, t: seen.append(t) or x0, x, 0.0, ABAR, steps=50):
         pass
     assert seen == list(range(981, 0, -20))             # 981, 961, ..., 1
     last_noise = (x - ABAR[0] ** 0.5 * x0) / (1 - ABAR[0]) ** 0.5
     first_noise = (5 - ABAR[981] ** 0.5 * x0) / (1 - ABAR[981]) ** 0.5
     torch.testing.assert_close(last_noise, first_noise, rtol=1e-3, atol=1e-3)   # a straight way
+
+
+@pytest.mark.parametrize("solver", [ddim, dpm_solver])
+def test_samplers_start_where_the_data_is(solver):
+    """Data N(3, 0.5^2), the best network, the noise's middle: the way must end in the data's."""
+    def denoise(x, t):
+        gain = ABAR[t] ** 0.5 * 0.25 / (ABAR[t] * 0.25 + 1 - ABAR[t])
+        return 3 + gain * (x - ABAR[t] ** 0.5 * 3)
+
+    *_, end = solver(denoise, torch.zeros(1), torch.tensor(3.0), ABAR, 50)
+    assert end.item() == pytest.approx(3, abs=0.01)
+    *_, end = solver(denoise, torch.zeros(1), torch.tensor(0.0), ABAR, 50)
+    assert end.item() < 2.95                            # what starting at 0 does to it
 
 
 def test_dpm_solver_is_of_second_order():
@@ -151,7 +164,7 @@ def test_dpm_solver_is_of_second_order():
             times.append(t)
             return ABAR[t] ** 0.5 * s ** 2 / (ABAR[t] * s ** 2 + 1 - ABAR[t]) * x
 
-        *_, end = solver(denoise, torch.tensor([1.], dtype=torch.float64), ABAR, steps)
+        *_, end = solver(denoise, torch.tensor([1.], dtype=torch.float64), 0.0, ABAR, steps)
         std = [(ABAR[t] * s ** 2 + 1 - ABAR[t]) ** 0.5 for t in (0, times[0])]
         return abs(end / (std[0] / std[1]) - 1).item()
 
@@ -182,11 +195,12 @@ def test_samplers_against_diffusers(steps):
 
     scheduler = diffusers.DDIMScheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False,
                                         **common)
-    *_, end = ddim(denoise, start, ABAR, steps)
+    *_, end = ddim(denoise, start, 0.0, ABAR, steps)
     assert difference(end, theirs(scheduler, num_inference_steps=steps)) < 1e-4
 
     times = []
-    *_, end = dpm_solver(lambda x, t: times.append(t) or denoise(x, t), start, ABAR, steps)
+    *_, end = dpm_solver(lambda x, t: times.append(t) or denoise(x, t), start, 0.0, ABAR,
+                         steps)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         final_sigmas_type="sigma_min", lower_order_final=False, **common)
     assert difference(end, theirs(scheduler, timesteps=times)) < 1e-4
@@ -196,7 +210,7 @@ def test_ddim_with_eta_keeps_the_spread():
     """Fresh noise for old: with data N(0, 1) every x_t is N(0, 1), whatever eta."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(20000, generator=g)
-    for x in ddim(lambda x, t: ABAR[t] ** 0.5 * x, x, ABAR, 50, 1.0,
+    for x in ddim(lambda x, t: ABAR[t] ** 0.5 * x, x, 0.0, ABAR, 50, 1.0,
                   lambda: torch.randn(20000, generator=g)):
         pass
     assert abs(x.std() - 1) < 0.06
@@ -229,7 +243,7 @@ def test_sampling_is_the_sampler_around_guided_noise(model, sampler):
         guided = e_other + 3 * (e_text - e_other)
         return model.schedule.predict_x0(x[0], torch.tensor([t]), guided)[None]
 
-    *_, expected = {"ddim": ddim, "dpm": dpm_solver}[sampler](denoise, x, ABAR, 4)
+    *_, expected = {"ddim": ddim, "dpm": dpm_solver}[sampler](denoise, x, 0.0, ABAR, 4)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     decoded = model.sample([prompt], c2w, negative_prompt=negative, steps=4, guidance_scale=3.0,
                            latents=x, sampler=sampler)
@@ -459,8 +473,11 @@ def test_full_size_on_the_meta_device(tokenizer):
 
 
 def test_saving_is_exact_and_leaves_nothing_else(model, tmp_path):
+    model = copy.deepcopy(model)
+    model.latent_mean.copy_(torch.tensor([0.1, -2.0, 3.0, 0.0]))
     model.save_pretrained(tmp_path / "m")
     again = MVDream.from_pretrained(tmp_path / "m")
+    assert torch.equal(again.latent_mean, model.latent_mean)
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert again.image_size == 32 and again.schedule.prediction == "epsilon"
