@@ -436,3 +436,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped")

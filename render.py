@@ -130,7 +130,7 @@ def set_stage(bpy, size, fov):
             threads_mode="FIXED", threads=1, use_persistent_data=True, dither_intensity=0),
         scene.cycles: dict(
             device="CPU", samples=8, use_adaptive_sampling=False, max_bounces=2, use_denoising=True,
-            denoising_quality="FAST", denoising_input_passes="RGB_ALBEDO",
+            denoising_quality="FAST", denoising_input_passes="RGB",
             caustics_reflective=False, caustics_refractive=False, film_transparent_glass=True)}
     for owner, values in settings.items():
         for key, value in values.items():
@@ -258,8 +258,8 @@ def main(argv):
     if args.views < sources.VIEWS or args.size < 1 or args.jobs < 1:
         raise ValueError(f"--views must be at least {sources.VIEWS}, --size and --jobs at least 1")
     if not importlib.util.find_spec("bpy"):
-        raise ValueError("rendering needs Blender as a Python module: `pip install bpy`, with the "
-                         "matching Python version: bpy 4.2 to 5.0 have 3.11, this is {}.{}".format(
+        raise ValueError("rendering needs Blender as a Python module: `pip install bpy`, in the "
+                         "matching Python version: 3.11 for bpy 5.0, and this is {}.{}".format(
                              *sys.version_info))
     jobs, broken, out = [], {}, Path(args.out)
     with tempfile.TemporaryDirectory() as unpacked:

@@ -169,7 +169,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--views must be at least 4"):
         render.main([str(tmp_path), str(tmp_path / "out"), "--views", "3"])
     monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="`pip install bpy`, with the matching Python version"):
+    with pytest.raises(ValueError, match="`pip install bpy`, in the matching Python version"):
         render.main([str(tmp_path), str(tmp_path / "out")])
 
 
