@@ -191,10 +191,26 @@ def hash_encode(points, table, resolutions):
 
 
 def encode(points, table, resolutions):
-    fast = table.shape[2] == 2 and table.shape[1] > 1 and table.dtype != torch.float64
-    if fast and kernels(table.device.type):
+    if fast(table):
         return torch.ops.hashgrid.gather(points, table, resolutions, None)
     return encode_plain(points, table, resolutions)
+
+
+def encode_slope(points, table, resolutions, c):
+    """The gradient by the points of sum c encode(points); c (N, L*F) -> (N,3), differentiable in
+    table and c."""
+    if fast(table):
+        return torch.ops.hashgrid.pull(points, table, c, resolutions, None)
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = points.detach().requires_grad_()
+        h = encode_plain(x, table, resolutions)
+        return torch.autograd.grad(h, x, c, create_graph=further)[0]
+
+
+def fast(table):
+    of_kernels = table.shape[2] == 2 and table.shape[1] > 1 and table.dtype != torch.float64
+    return of_kernels and kernels(table.device.type)
 
 
 def encode_plain(points, table, resolutions):

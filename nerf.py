@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as Fn
 from torch import nn
 
-from hashgrid import composite, encode, hash_encode, kernels, march, rays_of    # noqa: F401
+from hashgrid import (composite, encode, encode_slope, hash_encode, kernels,    # noqa: F401
+                      march, rays_of)
 
 # ---- The field -----------------------------------------------------------------------------------
 
@@ -85,32 +86,41 @@ class NeRF(nn.Module):
     def density(self, x):
         return self.field(x)[0]
 
-    def field(self, x):
-        """x (N,3) in the box -> sigma (N,), albedo (N,3)."""
+    def field(self, x, normals=None):
+        """x (N,3) in the box -> sigma (N,), albedo (N,3), n = -grad sigma / |grad sigma| (N,3)."""
         h = encode((x + 1) / 2, self.table, self.resolutions)                   # (N, L*F)
         # Both heads as one network of two layers, the second block-diagonal.
         W1 = torch.cat([self.density_mlp[0].weight, self.color_mlp[0].weight])
         W2 = torch.block_diag(self.density_mlp[2].weight, self.color_mlp[2].weight)     # (4, 2H)
-        fused = x.is_cuda and not x.requires_grad and h.shape[1] in (16, 32) and len(W1) == 128
+        fused = x.is_cuda and h.shape[1] in (16, 32) and len(W1) == 128
         if fused and kernels("cuda"):
             raw = torch.ops.hashgrid.network(h, W1, W2, None)[0]                # (N,4)
         else:
             with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
                 raw = Fn.linear(Fn.relu(Fn.linear(h, W1)), W2).float().to(h.dtype)
-        return Fn.softplus(raw[:, 0] + self.blob(x)), torch.sigmoid(raw[:, 1:])
-
-    def field_and_normals(self, x, normals):
-        """The same, and n = -grad sigma / |grad sigma| (N,3)."""
-        if normals == "analytic":                   # itself differentiable, in training
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                sigma, albedo = self.field(x)
-                slope, = torch.autograd.grad(sigma.sum(), x, create_graph=self.training)
-        else:                                       # three more looks at the field, no second order
-            sigma, albedo = self.field(x)
+        sigma, albedo = Fn.softplus(raw[:, 0] + self.blob(x)), torch.sigmoid(raw[:, 1:])
+        if normals is None:
+            return sigma, albedo
+        if normals == "analytic":
+            slope = self.slope(x, h)
+        else:                                       # finite: three more looks, no second order
             beside = (x[:, None] + 0.01 * torch.eye(3, device=x.device)).flatten(0, 1)
             slope = self.density(beside).view(-1, 3) - sigma[:, None]
         return sigma, albedo, -Fn.normalize(slope, dim=-1)
+
+    def slope(self, x, h):
+        """grad of z(x) = W2 relu(W1 h(x)) + b(x), by hand; sigma = softplus(z) has its direction.
+
+        With c = grad by h = W1' (W2 where W1 h > 0), the rest is the encoding's own gradient, which
+        is differentiable: no graph of a graph, and relu has no second derivative.
+        """
+        W1, W2 = self.density_mlp[0].weight, self.density_mlp[2].weight
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            on = Fn.linear(h, W1)
+            c = (torch.where(on > 0, W2.to(on), 0) @ W1).to(h)                  # (N, L*F)
+        height, radius = self.config.blob
+        b = -height / radius * x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+        return encode_slope((x + 1) / 2, self.table, self.resolutions, c) / 2 + b
 
     def background(self, directions):
         if self.background_mlp is None:
@@ -199,7 +209,7 @@ class NeRF(nn.Module):
 
         if normals:
             ray = rays_of(offsets, len(t))
-            sigma, color, n = self.field_and_normals(x, normals)
+            sigma, color, n = self.field(x, normals)
             if shading != "albedo":
                 towards = Fn.normalize(light[ray] - x, dim=-1)
                 shade = ambient + (1 - ambient) * (n * towards).sum(-1, keepdim=True).clamp(min=0)

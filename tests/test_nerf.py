@@ -333,13 +333,36 @@ def test_normals_agree():
     torch.nn.init.normal_(model.table, std=0.1)
     x = F.normalize(torch.randn(2000, 3), dim=-1) * 0.45
     for kind, least in (("analytic", 0.999), ("finite", 0.9)):
-        n = model.field_and_normals(x, kind)[2]
+        n = model.field(x, kind)[2]
         step, sigma = 1e-3, []
         for a in range(3):
             e = step * torch.eye(3)[a]
             sigma.append(model.density(x + e) - model.density(x - e))
         cosine = (n * F.normalize(-torch.stack(sigma, -1), dim=-1)).sum(-1)
         assert cosine.median() > least
+
+
+@each_device
+def test_slope_and_its_derivatives_are_those_of_autograd(device):
+    """By hand against a graph of a graph, through the plain encoding in double precision."""
+    model = NeRF(SMALL).to(device)
+    for p in model.density_mlp.parameters():        # bfloat16 holds these exactly
+        p.data = p.data.bfloat16().float()
+    torch.nn.init.normal_(model.table, std=0.5)
+    x, g = (torch.randn(500, 3, device=device) * 0.3 for _ in range(2))
+    parameters = [model.table, model.density_mlp[0].weight, model.density_mlp[2].weight]
+    h = hashgrid.encode((x + 1) / 2, model.table, model.resolutions)
+    ours = model.slope(x, h)
+    ours = [ours, *torch.autograd.grad(ours, parameters, g)]
+
+    table, W1, W2 = (p.detach().double().requires_grad_() for p in parameters)
+    x = x.double().requires_grad_()
+    h = hashgrid.encode_plain((x + 1) / 2, table, model.resolutions)
+    z = (F.relu(h @ W1.T) @ W2.T)[:, 0] + model.blob(x)
+    slope, = torch.autograd.grad(z.sum(), x, create_graph=True)
+    theirs = [slope, *torch.autograd.grad(slope, (table, W1, W2), g.double())]
+    for a, b in zip(ours, theirs):                  # a unit on the edge may switch in bfloat16
+        assert (a - b).norm() < (1e-4 if device == "cpu" else 3e-2) * b.norm()
 
 
 def test_compiled_and_plain_pictures_agree(monkeypatch):
