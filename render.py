@@ -71,7 +71,6 @@ def placement(points, turn):
 def render_object(folder, model, turn, caption, size, fov, c2w):
     """One view set.  The folder has another name until it is whole."""
     import bpy
-    from PIL import Image
     part, frames = folder.with_name(folder.name + ".part"), []
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -84,10 +83,8 @@ def render_object(folder, model, turn, caption, size, fov, c2w):
         camera.matrix_world = [*zip(*matrix)]                   # Blender takes columns
         bpy.context.scene.render.filepath = str(part / f"{i:03d}.png")
         bpy.ops.render.render(write_still=True)
+        mend_silhouette(part / f"{i:03d}.png")
         frames.append({"file_path": f"./{i:03d}", "transform_matrix": matrix})
-    with Image.open(part / "000.png") as image:
-        if not image.getchannel("A").getbbox():
-            raise ValueError("nothing of it can be seen")
     (part / "caption.txt").write_text(caption + "\n", "utf-8")
     cameras = {"camera_angle_x": math.radians(fov), "w": size, "h": size, "frames": frames}
     (part / "transforms.json").write_text(json.dumps(cameras, indent=1), "utf-8")
@@ -149,6 +146,20 @@ def set_stage(bpy, size, fov):
     link(radiance.outputs[0], nodes["Background"].inputs["Strength"])
     world.cycles.sampling_method, scene.world = "NONE", world   # rays that leave a surface find it
     return scene.camera
+
+
+def mend_silhouette(path):
+    """The denoiser smooths colour times alpha, but not alpha: their quotient is speckled along the
+    silhouette, where each pixel now takes the colour of its neighbours that are more covered."""
+    from PIL import Image
+    rgba = np.asarray(Image.open(path), np.float32) / 255
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if not alpha.any():
+        raise ValueError("nothing of it can be seen")
+    weighted = np.concatenate([rgb, np.ones_like(alpha)], -1) * alpha ** 4
+    near = sum(np.roll(weighted, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
+    rgb = np.where(alpha < 0.99, near[..., :3] / near[..., 3:].clip(1e-6), rgb)
+    Image.fromarray((255 * np.concatenate([rgb, alpha], -1)).round().astype(np.uint8)).save(path)
 
 
 # ---- Models and their captions -------------------------------------------------------------------

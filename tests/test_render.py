@@ -92,6 +92,20 @@ def test_placement_by_hand():
             render.placement(flat, render.TURN)
 
 
+def test_the_silhouette_takes_the_colour_of_what_is_covered(tmp_path):
+    rgba = np.zeros((5, 6, 4), np.uint8)
+    rgba[:, :2] = 200, 100, 50, 255                             # covered; then a speckled edge
+    rgba[:, 2] = [(250, 250, 250, 51), (0, 0, 0, 51), (9, 9, 9, 51), (0, 0, 0, 51), (99, 0, 0, 51)]
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    render.mend_silhouette(tmp_path / "a.png")
+    mended = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    assert (mended[:, :2] == rgba[:, :2]).all() and (mended[..., 3] == rgba[..., 3]).all()
+    assert abs(mended[1:4, 2, :3] - (200, 100, 50)).max() <= 1   # a weight of .2^4 for the speckles
+    Image.new("RGBA", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing of it can be seen"):
+        render.mend_silhouette(tmp_path / "a.png")
+
+
 # ---- Models and captions -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, caption", [
