@@ -12,6 +12,7 @@ MVDream, section 3.1; the autoencoder and the text encoder are Stable Diffusion 
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -508,5 +509,6 @@ class Graphs:
 
             inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
             record = torch.cuda.make_graphed_callables
+            warnings.filterwarnings("ignore", "The AccumulateGrad")     # recorded on another stream
             self.recorded[key] = record(function, inputs, num_warmup_iters=1)
         return self.recorded[key](*tensors)

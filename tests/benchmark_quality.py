@@ -9,7 +9,8 @@ Each number, in one line:
   category   the four views are closer (squared error) to the truth than to any other category's
   colour     for each colour word: closer to the truth than with any of the nine other words
   Janus      the view from behind is closer to the true front than to the true back
-  agreement  no colour said: the colour nearest to each single view is the same in all four
+  agreement  no colour said: the colour of each view, fitted to its pixels by least squares, is
+             closer to the four's mean than half of what the two most alike of the ten are apart
 """
 import argparse
 import time
@@ -106,14 +107,18 @@ def agreement(model, num, steps, guidance, device, inflated):
         alone = [p for p in prompts for _ in range(4)]
         images = generate(model, alone, cameras.repeat(num, 1, 1)[:, None], steps, guidance)
         images = images.reshape(num, 4, *images.shape[2:])
-    same = []
+    palette = torch.tensor(list(data.COLORS.values()), device=device)
+    near = torch.pdist(palette).min() / 2
+    same = 0
     for name, views in zip(names, images):
-        colours = [plain(data.NAMES.index(name), h) for h in range(len(data.HUES))]
+        colours = [plain(data.NAMES.index(name), h) for h in range(len(palette))]
         grey = border(views[None]).expand(len(colours))
         rgb, _ = truths(colours, cameras.expand(len(colours), 4, 4, 4), grey, device)
-        nearest = (rgb - views).square().flatten(2).mean(2).argmin(0)          # (4,) one hue a view
-        same.append(bool((nearest == nearest[0]).all()))
-    return sum(same) / num
+        painted = rgb.std(0).mean(-1, keepdim=True) > 0.05                     # (4,H,W,1)
+        light = painted * rgb[data.HUES.index("white")] / palette[data.HUES.index("white")]
+        colour = (light * views).sum((1, 2)) / light.square().sum((1, 2))      # (4,3)
+        same += bool((colour - colour.mean(0)).norm(dim=1).max() < near)
+    return same / num
 
 
 def save_sheet(path, images, rgb, rows=12):
