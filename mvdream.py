@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from unet import (PREFIXES, UNet, UNetConfig, conv, fill, named, read_json, read_model,
+from unet import (PREFIXES, GroupNorm, UNet, UNetConfig, conv, fill, named, read_json, read_model,
                   schedule_tables, take, upsample)
 
 
@@ -168,7 +168,7 @@ class VAEConfig:
 
 
 def norm(dim):
-    return nn.GroupNorm(32, dim, eps=1e-6)
+    return GroupNorm(32, dim, eps=1e-6)
 
 
 class VAEResBlock(nn.Module):
@@ -194,7 +194,10 @@ class VAEAttention(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        if q.shape[1] <= 1024:                  # so wide a head has slow kernels only
+            y = (q @ k.mT / q.shape[2] ** 0.5).softmax(-1) @ v
+        else:                                   # which save memory where pictures are large
+            y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(y.mT.reshape(x.shape))                 # from (N, h w, C)
 
 

@@ -80,14 +80,27 @@ def camera_mlp(config):
     return mlp(config.camera_dim, width, dim_out, end=zero)
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's; written out for torch.compile, which else takes over that it leaves channels last,
+    and then the convolutions copy whatever comes in and goes out."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        y = x.float().unflatten(1, (self.num_groups, -1))               # (N, 32, C / 32, h, w)
+        variance, mean = torch.var_mean(y, (2, 3, 4), correction=0, keepdim=True)
+        y = ((y - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """h = conv(silu(norm(x))) + linear(silu(emb));  out = skip(x) + conv(silu(norm(h)))."""
 
     def __init__(self, c_in, c_out, emb_dim):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), conv(c_in, c_out))
+        self.in_layers = nn.Sequential(GroupNorm(32, c_in), nn.SiLU(), conv(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(),
+        self.out_layers = nn.Sequential(GroupNorm(32, c_out), nn.SiLU(), nn.Identity(),
                                         zero(conv(c_out, c_out)))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -160,7 +173,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, dim, config):
         super().__init__()
-        self.norm = nn.GroupNorm(32, dim, eps=1e-6)
+        self.norm = GroupNorm(32, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, config)])
         self.proj_out = zero(nn.Linear(dim, dim))
@@ -220,7 +233,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.output_blocks[-1].append(upsample(width))
 
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(),
+        self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(),
                                  zero(conv(width, config.out_channels)))
         attn2 = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         self.text_layers = tuple(layer for a in attn2 for layer in (a.to_k, a.to_v))
