@@ -258,8 +258,8 @@ class Pool(train.ToyPool):
 
 def make_base(options):
     """Into --base: a model that knows single pictures only, and the toy world's latents."""
-    start, model = time.time(), train.new_model()
-    model.vae = MVDream.from_pretrained(ROOT / "weights/tiny").vae
+    start, model, tiny = time.time(), train.new_model(), MVDream.from_pretrained(ROOT / "weights/tiny")
+    model.vae, model.latent_mean = tiny.vae, tiny.latent_mean
     args = train.parse(flags(options, "-", options.base, options.base_steps, 4 * options.batch, 6e-4,
                              "--mix", 0, "--sets", options.pool))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -380,7 +380,7 @@ def main(argv):
     add("--row", choices=ROWS, help="--ablate: this row alone")
     add("--jobs", type=int, default=7, help="--ablate: rows at a time")
     add("--model", type=Path, default=ROOT / "weights/tiny", help="--dreambooth: goes on from it")
-    add("--preserve", nargs="+", default=["0", "100"], help="--dreambooth: lambdas")
+    add("--preserve", nargs="+", default=["0", "30", "100", "300"], help="--dreambooth")
     add("--text", action="append_const", const="--train-text", default=[], help="--dreambooth")
     options = parser.parse_args(argv)
     if options.sheet:
