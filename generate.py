@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -201,7 +202,12 @@ def open_model(args):
     with contextlib.suppress(OSError, ValueError):          # a container may grant less
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), int(quota) // int(period))))
-    return MVDream.from_pretrained(args.model, device=device).accelerate()
+    model = MVDream.from_pretrained(args.model, device=device)
+    long = model.image_size > 128 and args.lift == "sds" and not args.views_only
+    if not (long and device.startswith("cuda") and shutil.which("cc")):
+        return model.accelerate()
+    print("compiling the networks: two minutes, that thousands of steps earn back", flush=True)
+    return model.accelerate("default")
 
 
 def make_views(args, model, prompt, num, how, path):

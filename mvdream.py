@@ -1,15 +1,14 @@
 """The multi-view latent diffusion model around the UNet.
 
 Holds CLIP's tokenizer, the OpenCLIP text encoder, the KL autoencoder, the noise schedule, two
-samplers, and MVDream, which puts them together, loads them and saves them.
-MVDream, section 3.1; the autoencoder and the text encoder are Stable Diffusion 2.1's.
+samplers, and MVDream, which puts them together (section 3.1). The autoencoder and the text encoder
+are Stable Diffusion 2.1's.
 
     x0  a clean latent    x_t  the same, noised to step t    abar  alphas_cumprod, 1 -> 0 with t
     alpha = sqrt(abar), sigma = sqrt(1 - abar):    x_t = alpha x0 + sigma noise
     B objects x V views = N pictures, the views of an object adjacent    f  pixels per latent cell
     c2w  a camera, its 4x4 camera-to-world matrix in the conventions of data.py
 """
-
 import json
 import math
 import warnings
@@ -19,12 +18,11 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from unet import (PREFIXES, GroupNorm, UNet, UNetConfig, conv, fill, named, read_json, read_model,
-                  schedule_tables, take, upsample)
+from unet import GroupNorm, UNet, UNetConfig, conv, named, upsample
+from layouts import PREFIXES, fill, read_json, read_model, schedule_tables, take, write
 
 
 # ---- Tokenizer: CLIP's byte-pair encoding of lower-case words -----------------------------------
@@ -101,23 +99,12 @@ def train_tokenizer(captions, folder):
     return Tokenizer(folder)
 
 
-def write(path, content):
-    """Text, or a dict of tensors, to a temporary name, which is then renamed: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content, "utf-8")
-    else:
-        save_file(content, temporary, {"format": "pt"})
-    temporary.replace(path)
-
-
 # ---- Text encoder: OpenCLIP's ViT-H/14 text tower, its last block left out -----------------------
 
 @dataclass
 class TextConfig:
     width: int = 1024
-    layers: int = 23                        # that run; ViT-H's 24th is not even built
+    layers: int = 23                        # that run; ViT-H's 24th is not built
     heads: int = 16
     vocab_size: int = 49408
     max_length: int = 77
@@ -194,9 +181,9 @@ class VAEAttention(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
-        if q.shape[1] <= 1024:                  # so wide a head has slow kernels only
+        if q.shape[1] <= 1024:      # so wide a head has only slow kernels, for large pictures
             y = (q @ k.mT / q.shape[2] ** 0.5).softmax(-1) @ v
-        else:                                   # which save memory where pictures are large
+        else:
             y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(y.mT.reshape(x.shape))                 # from (N, h w, C)
 
@@ -285,10 +272,8 @@ class Schedule(nn.Module):
 
     def noise_of(self, output, x_t, t):
         """The noise that the network's output stands for."""
-        if self.prediction == "epsilon":
-            return output
         alpha, sigma = self.alpha_sigma(t)
-        return alpha * output + sigma * x_t
+        return alpha * output + sigma * x_t if self.prediction == "v" else output
 
 
 # Both go from noise to x0: denoise(x, t) -> x0; yields x after each step. At the first time t some
@@ -334,11 +319,12 @@ def camera_condition(c2w):
 
 
 class MVDream(nn.Module):
-    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size, mean=(0.0,) * 4):
+    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size, mean=None):
         super().__init__()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule, self.image_size = tokenizer, schedule, image_size
-        self.register_buffer("latent_mean", torch.tensor(mean, device=self.device))        # E[x0]
+        mean = torch.tensor(mean or [0.0] * 4, device=self.device)
+        self.register_buffer("latent_mean", mean)                           # E[x0]
 
     @classmethod
     def from_config(cls, config, tokenizer):
@@ -347,7 +333,7 @@ class MVDream(nn.Module):
                    AutoencoderKL(VAEConfig(**config.get("vae", {}))),
                    TextEncoder(TextConfig(**config.get("text", {}))), tokenizer,
                    Schedule(config.get("prediction", "epsilon")), config.get("image_size", 256),
-                   config.get("latent_mean", (0.0,) * 4))
+                   config.get("latent_mean"))
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
@@ -442,8 +428,7 @@ class MVDream(nn.Module):
         def randn():                                # on the CPU: the same on every device
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        # Guidance doubles the batch: the first half has the negative prompt, the second the prompt.
-        halves = 1 if guidance_scale == 1 else 2
+        halves = 1 if guidance_scale == 1 else 2    # with the negative prompt, with the prompt
         context = self.encode_text([negative_prompt] * (B * (halves - 1)) + list(prompts))
         context = self.unet.project_context(context.repeat_interleave(V, dim=0))
         c2w = None if cameras is None else (
@@ -468,8 +453,8 @@ class MVDream(nn.Module):
         yield from dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
 
     def accelerate(self, compile=None):
-        """In place, for inference: half precision, channels last and, on a GPU, CUDA graphs.
-        compile  also torch.compile, of this mode: minutes of preparation, then the fastest steps"""
+        """In place, for inference: half precision, channels last and, on a GPU, CUDA graphs; with
+        a mode of torch.compile also that: minutes of preparation, then the fastest steps."""
         self.eval().requires_grad_(False)
         fast = self.unet.forward, self.vae.encode, self.vae.decode
         if self.device.type == "cuda":              # bfloat16 where gradients flow: no underflow
@@ -509,9 +494,7 @@ class Graphs:
             def function(*inputs):
                 rest = iter(inputs)
                 return self.function(*(next(rest) if torch.is_tensor(x) else x for x in args))
-
             inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
-            record = torch.cuda.make_graphed_callables
             warnings.filterwarnings("ignore", "The AccumulateGrad")     # recorded on another stream
-            self.recorded[key] = record(function, inputs, num_warmup_iters=1)
+            self.recorded[key] = torch.cuda.make_graphed_callables(function, inputs, 1)
         return self.recorded[key](*tensors)

@@ -9,7 +9,6 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
 
 import data
 import hashgrid

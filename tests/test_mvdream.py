@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mvdream
 import unet
+from layouts import rename
 from mvdream import MVDream, Schedule, Tokenizer, camera_condition, ddim, dpm_solver
 
 torch.set_num_threads(1)
@@ -317,7 +318,7 @@ def test_recorded_functions_get_their_arguments(model, monkeypatch):
     """The recording itself needs a GPU; here a stand-in that runs the function it was given."""
     recorded = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables",
-                        lambda function, inputs, **_: recorded.append(inputs) or function)
+                        lambda function, inputs, _: recorded.append(inputs) or function)
     x, c2w, graphed = torch.randn(4, 4, 8, 8), cameras(4), copy.deepcopy(model)
     context = model.encode_text(["a red robot"] * 4)
     graphed.unet.forward = mvdream.Graphs(graphed.unet.forward)
@@ -386,7 +387,7 @@ def test_older_names_and_v_prediction(hugging_face, tmp_path):
     shutil.copytree(folder, old)
     file = old / "vae" / "diffusion_pytorch_model.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    save_file({unet.rename(k, names): v for k, v in load_file(file).items()}, file)
+    save_file({rename(k, names): v for k, v in load_file(file).items()}, file)
     file = old / "text_encoder" / "model.safetensors"
     weights = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(file).items()}
     save_file(weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)

@@ -1,10 +1,12 @@
 """The UNet: numbers by hand, properties, a slow twin read off the paper, diffusers' own network."""
 import copy
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
+import layouts
 import unet
 from unet import UNet, UNetConfig
 
@@ -68,8 +70,8 @@ def test_names_and_shapes_at_full_size_are_diffusers():
             attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024,
             use_linear_projection=True)
         ours = UNet(UNetConfig())
-    names = unet.unet_names(UNetConfig())
-    translated = {unet.rename(k, names): v.shape for k, v in theirs.state_dict().items()}
+    names = layouts.unet_names(asdict(UNetConfig()))
+    translated = {layouts.rename(k, names): v.shape for k, v in theirs.state_dict().items()}
     assert translated == {k: v.shape for k, v in ours.state_dict().items() if "camera" not in k}
 
 
