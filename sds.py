@@ -249,7 +249,7 @@ def draw_scene(s, step, device, fixed=None):
 def chunk_of_rays(s, num_views):
     """How many rays at once leave room for the full-size model, None for all."""
     room = s.memory - 4.0 - 0.4 * num_views             # GiB: weights; the encoder's activations
-    bytes_per_ray = (2000 if s.shading else 500) * s.nerf.max_samples / 4       # seldom more
+    bytes_per_ray = (1300 if s.shading else 320) * s.nerf.max_samples / 4       # seldom more
     return max(1024, int(room * 2 ** 30 / bytes_per_ray)) if s.memory else None
 
 

@@ -2,7 +2,14 @@
 import ast
 import doctest
 import re
+import shlex
 from pathlib import Path
+
+import pytest
+
+import generate
+import sds
+import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,10 +34,40 @@ def test_the_table_from_paper_to_code():
             assert place in names(ROOT / file), f"{file} has no {place}"
 
 
-def test_every_file_named_exists():
-    for file in re.findall(r"^\| ((?:`[\w.]+`(?:, )?)+) \| [^|]+ \|$", README, re.M):
-        for name in re.findall(r"`([\w.]+)`", file):
-            assert (ROOT / name).exists(), name
+def test_the_table_of_files():
+    rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \| (\d+) \|$", README, re.M)
+    sources = [f for ending in ("*.py", "*.cu", "toy_world.txt") for f in ROOT.glob(ending)]
+    assert {name for name, _ in rows} == {file.name for file in sources}
+    for name, lines in rows:
+        assert int(lines) == len((ROOT / name).read_text().splitlines()), name
+        assert int(lines) <= 500, name
+
+
+def commands():
+    """Every command of the README that runs a program of ours, as a list of words."""
+    blocks = re.findall(r"```\n(.*?)```", README, re.S)
+    for line in re.findall(r"^(?:.*&& )?python (.+)$", "\n".join(blocks), re.M):
+        yield shlex.split(line.replace(" [--views-only]", " --views-only"), comments=True)
+    for line in re.findall(r"`python ([^`]+)`", README):
+        yield shlex.split(line)
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_every_command_is_one(words, tmp_path):
+    """The programs' own parsers take it; what it does is run by the other tests."""
+    program, *rest = words
+    (tmp_path / "MODEL").mkdir()
+    rest = [str(tmp_path / "MODEL") if w in ("FOLDER_OR_FILE", "SD21", "MVDREAM") else w for w in rest]
+    if program == "generate.py":
+        assert generate.parse([*rest, "--out", str(tmp_path / "out")]).prompts
+    elif program == "train.py":
+        assert train.parse([*rest, "--device", "cpu"]).steps > 0
+    elif program == "tests/benchmark.py":
+        source = (ROOT / "tests" / f"benchmark_{rest[0]}.py").read_text()
+        for flag in [w for w in rest if w.startswith("--")]:
+            assert f'"{flag}"' in source or hasattr(sds.Settings(), flag[2:]), flag
+    else:
+        assert program == "-m" or (ROOT / program).exists()
 
 
 def test_the_examples_print_what_they_say():
