@@ -164,7 +164,7 @@ def main(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--sheet", help="a picture: ours above the truth")
     p.add_argument("--jobs", type=int, default=1, help="objects at a time; all then take longer")
-    p.add_argument("--ablate", action="store_true")
+    p.add_argument("--ablate", nargs="*", type=float, metavar="GUIDANCE", help="at these (3 and 50)")
     p.add_argument("--speed", nargs="?", type=int, const=40, metavar="STEPS")
     p.add_argument("--compile", metavar="MODE", help="with --speed: of torch.compile, as default")
     args, rest = p.parse_known_args(argv)
@@ -178,9 +178,9 @@ def main(argv):
     s = generate.with_values(sds.PRESETS[preset], given)
     captions = data.toy_prompts(args.row, args.prompts, args.seed)
     print(f"{preset} {' '.join(given)}: {len(captions)} prompts, {args.row}, on {args.device}")
-    rows = {"median": s} if not args.ablate else {
+    rows = {"median": s} if args.ablate is None else {
         f"{name}, guidance {guidance:g}": replace(s, guidance=guidance, **change)
-        for guidance in (3.0, 50.0) for name, change in ABLATIONS.items()}
+        for guidance in args.ablate or (3.0, 50.0) for name, change in ABLATIONS.items()}
     pictures = evaluate(rows, captions, (args.model, args.device), args.seed, args.jobs)
     if args.sheet:
         save_sheet(args.sheet, pictures)
