@@ -278,7 +278,7 @@ def test_rendering_in_chunks_changes_nothing(shading, monkeypatch):
 
 
 def test_memory_bounds_the_rays():
-    s = sds.PRESETS["full"]
+    s = sds.PRESETS["full-shaded"]
     assert sds.chunk_of_rays(s, 8) is None
     small, large = (sds.chunk_of_rays(replace(s, memory=m), 4) for m in (8, 16))
     assert 1024 <= small < large < 4 * 256 * 256
