@@ -196,6 +196,7 @@ def read_world(path):
 CATEGORIES = read_world(os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_world.txt"))
 PAINTS = COLORS | NEUTRALS
 NAMES, HUES, PAINT = list(CATEGORIES), list(COLORS), list(PAINTS)
+SUFFIX = ", 3d asset"                       # ends the captions of 3D training data
 
 
 def read_primitive(text):
@@ -263,7 +264,7 @@ def format_caption(spec, said=(True, True, True)):
 
 def parse_caption(caption):
     """The spec of a caption that reads just as format_caption writes, or so with ", 3d asset"."""
-    hues, text = f"(?:({'|'.join(HUES)}) )?", caption.removesuffix(", 3d asset")
+    hues, text = f"(?:({'|'.join(HUES)}) )?", caption.removesuffix(SUFFIX)
     match = re.fullmatch(rf"an? {hues}({'|'.join(NAMES)})(?: (?:wearing|with) (.+))?", text)
     if match:
         color, name, things = match.groups(default="")
@@ -366,7 +367,7 @@ def toy_views(num_sets, num_views=4, size=128, generator=None, device="cpu"):
     c2w = look_at_origin(30 * elevation, 360 * (azimuth + torch.arange(num_views) / num_views))
     c2w, grey = c2w.flatten(0, 1), grey.repeat_interleave(num_views)[:, None, None, None].to(device)
     rgb, _, _ = render(build(specs, device), c2w, TOY_FOV, TOY_DISTANCE, size, grey)
-    return 2 * rgb.movedim(-1, 1) - 1, c2w.to(device), [c + ", 3d asset" for c in captions]
+    return 2 * rgb.movedim(-1, 1) - 1, c2w.to(device), [c + SUFFIX for c in captions]
 
 
 def toy_pictures(num, size=128, generator=None, device="cpu"):

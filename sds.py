@@ -143,7 +143,7 @@ class Settings:
 
 
 FULL = Settings()
-TINY = replace(FULL, batch=(4, 4), guidance=3.0, negative="", suffix=", 3d asset",
+TINY = replace(FULL, batch=(4, 4), guidance=3.0, negative="", suffix=data.SUFFIX,
                fov=(data.TOY_FOV,) * 2, distance=(1.0, 1.0))      # the toy world has one lens
 PRESETS = {
     "full": FULL,                                       # the released configuration, no shading

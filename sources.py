@@ -151,7 +151,7 @@ class ViewSets(Samples):
         pick = sets[torch.randint(len(sets), (), generator=generator)]
         grey = torch.randint(256, (), generator=generator).item()                # one a set
         images = [read_picture(files[k], self.size, grey, files[k]) for k in pick]
-        return torch.stack(images), c2w[pick], caption + ", 3d asset"
+        return torch.stack(images), c2w[pick], caption + data.SUFFIX
 
 
 class Pictures(Samples):
@@ -253,7 +253,7 @@ class ToyPool:
     "2d"   pictures (M,1,3,H,W) uint8, no cameras,        tokens (M,77)       single pictures
     """
     half, broken = False, ()
-    prompts = [p + ", 3d asset" for p in (
+    prompts = [p + data.SUFFIX for p in (
         "a red robot wearing a blue hat", "a green car with white wheels", "a purple bear",
         "a house", "a yellow duck wearing a pink scarf", "a blue rocket")]
 
@@ -317,7 +317,7 @@ class Folders:
         self.kinds = {"3d": args.data and ViewSets(args.data, size=model.image_size),
                       "2d": args.images and Pictures(args.images, model.image_size)}
         shown = self.kinds["3d"] or self.kinds["2d"]
-        self.prompts = [f"{item[-1]}, 3d asset" for item in shown.items[:6]]
+        self.prompts = [item[-1] + data.SUFFIX for item in shown.items[:6]]
         self.empty, self.broken = encode_captions([""], model, args, self.known), set()
 
     def begin(self, encode):
@@ -347,7 +347,7 @@ class Photos:
         g = torch.Generator().manual_seed(args.seed)
         images = torch.cat([self.photos.load(i, g)[0] for i in range(len(self.photos))])
         self.images, self.scale = images.to(args.device), model.vae.config.scale_factor
-        self.count, self.prompts = args.batch, [args.subject, args.subject + ", 3d asset"]
+        self.count, self.prompts = args.batch, [args.subject, args.subject + data.SUFFIX]
         self.empty, self.y = encode_captions(["", args.subject], model, args, {}).split(1)
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import data
 from mvdream import MVDream, camera_condition, train_tokenizer
-from sources import VIEWS, Folders, Photos, ToyPool
+from sources import VIEWS, Folders, Photos, ToyPool, to_bytes
 from unet import ResBlock, TransformerBlock, UNet
 
 TINY = {                                      # the classes of Stable Diffusion 2.1, smaller numbers
@@ -344,7 +344,7 @@ def sample_sheet(model, path, prompts):
     """Four views of a few prompts, one row each."""
     views = model.sample(prompts, data.orbit_cameras(VIEWS, 15.0), steps=20, guidance_scale=3.0)
     sheet = views.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)   # (B,V,3,H,W) -> (B*H,V*W,3)
-    Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().cpu().numpy()).save(path)
+    Image.fromarray(to_bytes(sheet.clamp(-1, 1)).cpu().numpy()).save(path)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def refuse(args):
 
 def new_model():
     """The tiny model, its vocabulary all words of the toy world's captions."""
-    captions = [data.format_caption(spec) + ", 3d asset" for spec in data.all_specs()[0].tolist()]
+    captions = [data.format_caption(spec) + data.SUFFIX for spec in data.all_specs()[0].tolist()]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(captions, Path(folder))
     text = {**TINY["text"], "vocab_size": len(tokenizer.vocab)}
@@ -483,7 +483,7 @@ def main(argv=None):
         except (SafetensorError, OSError) as error:
             raise OSError(f"{args.out}: the model could not be written ({error}): make room on the "
                           "disk; the same command goes on from the last checkpoint") from error
-        prompt = source.prompts[0].removesuffix(", 3d asset")
+        prompt = source.prompts[0].removesuffix(data.SUFFIX)
         print(f"Trained in {time.time() - began:.0f} s. The model is in {args.out}/: "
               f'python generate.py "{prompt}" --model {args.out}')
     if args.ranks > 1:

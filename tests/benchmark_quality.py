@@ -23,7 +23,6 @@ from mvdream import MVDream
 
 ROWS = {"seen": "seen in 3D", "combination": "combinations never seen anywhere",
         "colour": "a colour seen only in 2D", "category": "a category seen only in 2D"}
-SUFFIX = ", 3d asset"
 
 
 def truths(captions, c2w, background, device, size=128, supersample=2):
@@ -67,7 +66,7 @@ def evaluate(model, row, num, steps, guidance, device, seed=0):
     elevation = 5 + 20 * torch.rand(len(captions), 1, generator=g)
     azimuth = 60 * torch.rand(len(captions), 1, generator=g) - 30 + 90 * torch.arange(4)
     c2w = data.look_at_origin(elevation, azimuth)
-    images = generate(model, [c + SUFFIX for c in captions], c2w, steps, guidance)
+    images = generate(model, [c + data.SUFFIX for c in captions], c2w, steps, guidance)
     background = border(images)
     rgb, opacity = truths(captions, c2w, background, device)
 
@@ -100,7 +99,7 @@ def agreement(model, num, steps, guidance, device, inflated):
     names = [n for n in data.NAMES if n not in data.FLAT_CATEGORIES]
     names = (names * (num // len(names) + 1))[:num]
     cameras = data.orbit_cameras(4, 15.0, 20.0)
-    prompts = [("an " if n[0] in "aeiou" else "a ") + n + SUFFIX for n in names]
+    prompts = [("an " if n[0] in "aeiou" else "a ") + n + data.SUFFIX for n in names]
     if inflated:
         images = generate(model, prompts, cameras.expand(num, 4, 4, 4), steps, guidance)
     else:                                       # the same network, each view a set of its own
