@@ -1,4 +1,4 @@
-"""Cameras, rays and the toy world: MVDream's rendered training data (paper section 3.3), in small.
+"""Cameras, rays and the toy world: MVDream's rendered training data, in small.
 
 Conventions, for the whole project
     world     right-handed, z up; an object stands at the origin, faces +x and fits the unit sphere

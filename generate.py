@@ -131,14 +131,17 @@ def with_values(s, texts):
             raise ValueError(f"--set {text}: no such setting; sds.py and nerf.py list them")
         default = getattr(s.nerf if inner else s, name)
         try:
-            if isinstance(default, tuple):                  # one number also stands for two
+            if name == "background":
+                value = {"learned": "learned", "none": None}[value.lower()]
+            elif isinstance(default, tuple):                # one number also stands for two
                 value = tuple(type(d)(v) for d, v in zip(default, (value.split(",") * 2)[:2]))
             elif isinstance(default, bool):
                 value = {"true": True, "false": False}[value.lower()]
             else:
                 value = type(default)(value)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"--set {text}: a value such as {default} is wanted") from None
+            wanted = "learned or none" if name == "background" else f"a value such as {default}"
+            raise ValueError(f"--set {text}: {wanted} is wanted") from None
         s = replace(s, **({"nerf": replace(s.nerf, **{name: value})} if inner else {name: value}))
     return s
 
@@ -236,17 +239,20 @@ def lift(args, model, prompt, s, views, folder):
                 bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
                                     f"occupied {now.occupancy:.2f}, {sds.peak_memory():.1f} GiB",
                                     refresh=False)
-            if stop or now.step == s.steps or time.time() - saved > PERIOD:
-                with writing(state) as part:
-                    now.save(part)
+            last = now.step == s.steps                      # there is nothing to go on with
+            if stop or last or time.time() - saved > PERIOD:
+                if not last:
+                    with writing(state) as part:
+                        now.save(part)
                 with writing(folder / "preview.png") as part:
                     to_image(look_around(now.nerf, 4, s.size[1]), 2 * s.size[1]).save(part)
                 saved = time.time()
-            if stop:
+            if stop and not last:
                 raise KeyboardInterrupt
     with writing(folder / "nerf.safetensors") as part:
         now.nerf.save(part)
-    state.unlink()
+    if stop:
+        raise KeyboardInterrupt
     return now.nerf
 
 
@@ -325,6 +331,7 @@ def make(args, model, prompt):
         if not turntable.exists():
             timed("turntable", save_turntable, thing.eval(), turntable, model.image_size)
         timed("mesh", save_mesh, thing.eval(), mesh)
+        (folder / "state.pt").unlink(missing_ok=True)
     print(f"{folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     print(", ".join(took.values()) or "nothing to do: this command made it all before")
 

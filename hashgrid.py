@@ -58,8 +58,9 @@ def load_kernels():
     if cuda and not cpp_extension.CUDA_HOME:
         raise RuntimeError("no nvcc; install the CUDA toolkit that torch.version.cuda names")
     arch = "%d%d" % torch.cuda.get_device_capability() if cuda else "cpu"
+    tensor_cores = cuda and int(arch) >= 80         # network.cu's bfloat16 is for these
     sources = {name: Path(__file__).with_name(name).read_bytes()
-               for name in ("hashgrid.cu", "network.cu")[:1 + cuda]}
+               for name in ("hashgrid.cu", "network.cu")[:1 + tensor_cores]}
     info = Path("/proc/cpuinfo")
     cpu = info.read_text().partition("flags")[2].partition("\n")[0] if info.exists() else ""
     key = hashlib.sha256(repr((sources, torch.__version__, arch, cpu)).encode()).hexdigest()[:16]
@@ -69,9 +70,9 @@ def load_kernels():
         if library.exists():
             torch.ops.load_library(str(library))
         else:
-            print(f"nerf.py: compiling hashgrid.cu ({arch}), once, up to a minute", file=sys.stderr)
+            print(f"compiling the NeRF's kernels ({arch}), once, up to a minute", file=sys.stderr)
             compile_kernels(sources, arch, library)
-    register_derivatives(cuda)
+    register_derivatives(tensor_cores)
     return ("cpu", "cuda") if cuda else ("cpu",)
 
 

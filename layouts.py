@@ -105,7 +105,7 @@ def schedule_tables(alphas_cumprod):
 
 
 class NoValues(TorchFunctionMode):
-    """Parameters keep what they happen to hold: on the meta device, nothing, at no cost."""
+    """Skip the drawing of first values: on the meta device it costs seconds, for nothing."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if not function.__name__.endswith(("uniform_", "normal_", "ones_", "zeros_", "constant_")):

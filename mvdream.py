@@ -276,12 +276,12 @@ class Schedule(nn.Module):
         return alpha * output + sigma * x_t if self.prediction == "v" else output
 
 
-# Both go from noise to x0: denoise(x, t) -> x0; yields x after each step. At the first time t some
-# of x0 is left, sqrt(abar) = 0.07 or more of it, so that is where x_t's mean is: not at 0.
+# Both go from noise to x0: denoise(x, t) -> x0; yields x after each step. At the first time t the
+# mean of x_t is not 0 but sqrt(abar) E[x0], and sqrt(abar) is 0.07 or more: they start there.
 
 def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
-    """DDIM: to the predicted x0, and back to the noise level before. The released code's times:
-    1, 1 + 1000/S, ...; the last goes to abar[0]."""
+    """DDIM: to the predicted x0, and back to the noise level before. Times as released: from 1 on,
+    1000 // steps apart (so 30 steps are 31); the last goes to abar[0]."""
     times = list(range(1, 1000, 1000 // steps))
     x = start + abar[times[-1]] ** 0.5 * mean
     for t, t_next in zip(times[::-1], [*times[-2::-1], 0]):
@@ -323,8 +323,7 @@ class MVDream(nn.Module):
         super().__init__()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule, self.image_size = tokenizer, schedule, image_size
-        mean = torch.tensor(mean or [0.0] * 4, device=self.device)
-        self.register_buffer("latent_mean", mean)                           # E[x0]
+        self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * 4, device=self.device))
 
     @classmethod
     def from_config(cls, config, tokenizer):
@@ -410,7 +409,7 @@ class MVDream(nn.Module):
             *, negative_prompt="",  # what to keep away from, the same for all
             steps=50,
             guidance_scale=7.5,     # 1 = none, at half the cost
-            rescale=0.0,            # 0 to 1: how far the guided x0 gets the spread of the unguided
+            rescale=0.0,            # 0 to 1: how far the guided x0 gets the prompt's own spread
             size=None,              # of the pictures, in pixels; None = the model's own
             seed=0,                 # prompt b starts from the noise of seed + b in any batch
             latents=None,           # (B, V, 4, h, w): noise to start from instead
@@ -420,8 +419,9 @@ class MVDream(nn.Module):
         B, V, device = len(prompts), 1 if cameras is None else cameras.shape[-3], self.device
         size, f = size or self.image_size, self.image_size // self.latent_size
         cell = f * 2 ** (len(self.unet.config.channel_mult) - 1)
-        if not 1 <= steps <= 999 or size % cell:
-            raise ValueError(f"steps {steps}, size {size}: 1 to 999, and a multiple of {cell}")
+        if not 1 <= steps <= 999 or size % cell or sampler not in ("ddim", "dpm"):
+            raise ValueError(f"steps {steps}, size {size}, sampler {sampler}: wanted are 1 to 999, "
+                             f"a multiple of {cell}, ddim or dpm")
         shape = (V, self.vae.config.z_channels, size // f, size // f)
         generators = [torch.Generator().manual_seed(seed + b) for b in range(B)]
 
@@ -453,8 +453,8 @@ class MVDream(nn.Module):
         yield from dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
 
     def accelerate(self, compile=None):
-        """In place, for inference: half precision, channels last and, on a GPU, CUDA graphs; with
-        a mode of torch.compile also that: minutes of preparation, then the fastest steps."""
+        """In place, for inference: half precision where it is fast, channels last and, on a GPU,
+        CUDA graphs; with a mode of torch.compile that too: minutes first, then faster steps."""
         self.eval().requires_grad_(False)
         fast = self.unet.forward, self.vae.encode, self.vae.decode
         if self.device.type == "cuda":              # bfloat16 where gradients flow: no underflow
@@ -487,7 +487,7 @@ class Graphs:
         tensors = tuple(x for x in args if torch.is_tensor(x))
         key = torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad)
                                          if torch.is_tensor(x) else x for x in args)
-        if key not in self.recorded:                # the first call alone may have been the last
+        if key not in self.recorded:                # these shapes may never come again
             self.recorded[key] = None
             return self.function(*args)
         if self.recorded[key] is None:

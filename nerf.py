@@ -1,6 +1,6 @@
 """A hash-grid NeRF: field, occupancy grid, rendering, shading, mesh.
 
-The 3D half of text-to-3D (MVDream section 3.3). Rays come in as tensors, pictures go out; the
+The 3D half of text-to-3D (MVDream section 3.2). Rays come in as tensors, pictures go out; the
 operators underneath are hashgrid.py's. `python nerf.py` fits a NeRF to rendered views of a toy
 object: the whole lesson without diffusion.
 
@@ -87,17 +87,17 @@ class NeRF(nn.Module):
         return self.field(x)[0]
 
     def field(self, x, normals=None):
-        """x (N,3) in the box -> sigma (N,), albedo (N,3), n = -grad sigma / |grad sigma| (N,3)."""
+        """x (N,3) in the box -> sigma (N,), albedo (N,3); also n = -grad sigma / |grad sigma|."""
         h = encode((x + 1) / 2, self.table, self.resolutions)                   # (N, L*F)
         # Both heads as one network of two layers, the second block-diagonal.
         W1 = torch.cat([self.density_mlp[0].weight, self.color_mlp[0].weight])
         W2 = torch.block_diag(self.density_mlp[2].weight, self.color_mlp[2].weight)     # (4, 2H)
         fused = x.is_cuda and h.shape[1] in (16, 32) and len(W1) == 128
-        if fused and kernels("cuda"):
+        if fused and kernels("cuda") and hasattr(torch.ops.hashgrid, "network"):
             raw = torch.ops.hashgrid.network(h, W1, W2, None)[0]                # (N,4)
         else:
             with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-                raw = Fn.linear(Fn.relu(Fn.linear(h, W1)), W2).float().to(h.dtype)
+                raw = Fn.linear(Fn.relu(Fn.linear(h, W1)), W2).to(h.dtype)
         sigma, albedo = Fn.softplus(raw[:, 0] + self.blob(x)), torch.sigmoid(raw[:, 1:])
         if normals is None:
             return sigma, albedo
@@ -125,7 +125,7 @@ class NeRF(nn.Module):
     def background(self, directions):
         if self.background_mlp is None:
             return torch.zeros_like(directions)
-        return torch.sigmoid(self.background_mlp(spherical_harmonics((directions + 1) / 2)))
+        return torch.sigmoid(self.background_mlp(spherical_harmonics(directions)))
 
     # ---- Occupancy
 
@@ -191,7 +191,7 @@ class NeRF(nn.Module):
                                       shading, ambient, normals)
                      for i in range(0, max(count, 1), chunk)]
         joined = {k: [part[k] for part in parts] for k in parts[0]}
-        out = {k: torch.cat(v).view(*shape, -1) if v[0].dim() else sum(v)
+        out = {k: torch.cat(v).view(*shape, v[0].shape[-1]) if v[0].dim() else sum(v)
                for k, v in joined.items()}
         if normals:
             out["orientation"] = out["orientation"] / out.pop("hit").clamp(min=1)

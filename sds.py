@@ -232,7 +232,7 @@ def draw_scene(s, step, device, fixed=None):
     num_views, size = s.batch[phase(s, step)], s.size[phase(s, step)]
     num_sets = num_views // s.views
     c2w, fov = data.random_view_cameras(num_sets, s.views, None, s.fov, s.distance, s.elevation)
-    shading, ambient = draw_shading(s, step)
+    shading, ambient = ("albedo", 0.0) if fixed else draw_shading(s, step)
     background, light = draw_background(s, num_sets), None
     if fixed:
         c2w, fov, background = fixed

@@ -1,14 +1,14 @@
 """Training: `python train.py` makes the embedded tiny model from nothing, on the toy world.
 
-MVDream section 3.2, joint training. The paper starts from Stable Diffusion 2.1; a laptop cannot, so
-the default run first makes a small stand-in for it and then does to that what the paper does:
+MVDream section 3.1.3, joint training. The paper starts from Stable Diffusion 2.1; a laptop cannot,
+so the default run first makes a small stand-in for it and then does to that what the paper does:
 
   1 autoencoder    pictures -> latents and back
   2 base           text -> picture in 2D: what Stable Diffusion is to the paper
   3 joint          each step, with probability 0.7 a batch of view sets (inflated attention,
                    cameras), else a batch of single pictures (attention and camera embedding off)
 
-    L_MV(theta) = E_{x, y, c, t, eps} || eps - eps_theta(x_t; y, c, t) ||^2          (section 3.2)
+    L_MV(theta) = E_{x, y, c, t, eps} || eps - eps_theta(x_t; y, c, t) ||^2        (section 3.1.3)
 
 With a model and data of your own (sources.py explains their form) it is the third alone:
 
@@ -97,7 +97,7 @@ def standardise(model, images):
 
 
 def diffusion_loss(model, x0, y, t, eps, c2w, num_views):
-    """L_MV, section 3.2. t (B,): one timestep for all views of a set; eps: independent per view."""
+    """L_MV, section 3.1.3. t (B,): one timestep for all views of a set; eps: a view's own."""
     t = t.repeat_interleave(num_views)                                    # (B,) -> (N,)
     x_t = model.schedule.add_noise(x0, t, eps)
     context = y if y.is_floating_point() else model.text_encoder(y)
@@ -181,9 +181,10 @@ def stage_of(step, args):
 
 
 def train(model, source, args):
-    """All stages. Yields nothing, returns nothing: the result is in the model and in args.out."""
+    """All stages; the result is in the model and in args.out."""
     device, gpu = args.device, args.gpu
-    fixed = ".attn1." if args.model and args.attention == "new3d" else "none"   # beside the new
+    # Beside new 3D attention, the old self-attention stays as it is.
+    fixed = ".attn1." if args.model and args.attention == "new3d" else "none"
     theta = [p for network in (model.unet, model.text_encoder)[:1 + args.train_text]
              for name, p in network.named_parameters() if fixed not in name]
     groups = {"autoencoder": list(model.vae.parameters()), "diffusion": theta}
@@ -193,8 +194,9 @@ def train(model, source, args):
         torch.set_float32_matmul_precision("high")                      # TF32 where no bf16
         model.vae.to(memory_format=torch.channels_last)
         model.unet.to(memory_format=torch.channels_last)
-    if args.recompute:
-        recompute_activations(model.unet)
+    for block in model.unet.modules() if args.recompute else ():    # keep only what enters a block
+        if isinstance(block, (ResBlock, TransformerBlock)):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16)
     compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
@@ -203,7 +205,7 @@ def train(model, source, args):
     start, state = load_checkpoint(model, args)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training",
                unit="step", disable=args.rank > 0)
-    stop = []                                 # Ctrl-C lets the step end, so that all weights agree
+    stop = []                                 # Ctrl-C lets the step end: what is saved is of one
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     for step in bar:
@@ -238,7 +240,7 @@ def train(model, source, args):
                 loss = objective(*draw(model, source, mode, step, part, args))
             (loss / len(parts)).backward()
             losses.append((mode or "vae", loss.detach()))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - first, count, args.lr, args.floor)
         optimizer.step()
@@ -253,14 +255,17 @@ def train(model, source, args):
                      for k in sorted({m for m, _ in losses})}
             losses.clear()
             if not all(map(math.isfinite, means.values())):
-                raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr")
+                raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr, and "
+                                         "take another --out")
             bar.set_postfix(stage=stage, **{k: f"{v:.4f}" for k, v in means.items()})
             line = dict(step=step + 1, seconds=round(time.time() - began, 1), stage=stage, **means)
             with open(args.out / "log.jsonl" if args.rank == 0 else os.devnull, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if args.rank > 0:                                             # the rest is one rank's work
             continue
-        if (stop or time.time() - saved > args.save_every) and step + 1 < args.steps:
+        # Never where the autoencoder ends: its average is yet to become its weights.
+        if ((stop or time.time() - saved > args.save_every) and math.isfinite(norm)
+                and step + 1 not in (args.autoencoder_steps, args.steps)):
             save_checkpoint(model, optimizer, ema, step + 1, args)
             saved = time.time()
             if stop:
@@ -288,13 +293,6 @@ def swap(parameters, ema):
         p_old = p.clone()
         p.copy_(e)
         e.copy_(p_old)
-
-
-def recompute_activations(unet):
-    """Keep only what enters each block, and compute it once more in the backward pass."""
-    for block in unet.modules():
-        if isinstance(block, (ResBlock, TransformerBlock)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -405,8 +403,10 @@ def parse(argv=None):
     args.sets = args.sets or max(16, min(seen, 40_000 if args.gpu else 2_000))
     args.report = 50 if args.gpu else 5
     args.settings = {k: getattr(args, k) for k in (
-        "steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets", "train_text",
-        "preserve")}
+        "steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets", "preserve",
+        "train_text")}
+    args.settings |= {k: str(getattr(args, k)) for k in (
+        "model", "data", "images", "dreambooth", "subject")}
     refuse(args)
     return args
 

@@ -1,10 +1,10 @@
 """The UNet of Stable Diffusion 2.1, inflated from one picture to the V views of one object.
 
 Holds the network and its two additions for multi-view diffusion; layouts.py reads its weights.
-MVDream, section 3.1: the self-attention of the 2D network is *inflated*: the tokens of all V views
-of an object stand in one sequence, so that every view sees every other, with no new parameter; and
-each view's camera goes through a two-layer MLP that is added to the time embedding. With
-num_views=1 and camera=None this is exactly the 2D network, which is what joint training uses.
+MVDream, section 3.1.1: the self-attention of the 2D network is *inflated*: the tokens of all V
+views of an object stand in one sequence, so that every view sees every other, with no new
+parameter. Section 3.1.2: each view's camera goes through a two-layer MLP that is added to the time
+embedding. With num_views=1 and camera=None this is exactly the 2D network, as joint training needs.
 
 Modules carry the names of the original (LDM) checkpoint, so that loading one is one strict call.
 
@@ -153,7 +153,7 @@ class TransformerBlock(nn.Module):
         N, L, C = x.shape
         h = self.norm1(x)
         if self.attention == "inflated":
-            h = h.reshape(N // V, V * L, C)                             # the whole of section 3.1
+            h = h.reshape(N // V, V * L, C)                             # that is all; V = 1 is 2D
         x = x + self.attn1(h).reshape(N, L, C)
         if V > 1 and self.attention == "new3d":
             x = x + self.attn3(self.norm4(x).reshape(N // V, V * L, C)).reshape(N, L, C)

@@ -137,12 +137,13 @@ def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("at", [3, 6])
 @pytest.mark.parametrize("how", [kill, ctrl_c])
-def test_the_same_command_goes_on(command, tmp_path, monkeypatch, how):
+def test_the_same_command_goes_on(command, tmp_path, monkeypatch, how, at):
     monkeypatch.setattr(generate, "PERIOD", 0)
     command("a duck", "--steps", 6, out=tmp_path / "unbroken")
     with monkeypatch.context() as patch:
-        patch.setattr(sds, "dream_steps", broken_off(3, how))
+        patch.setattr(sds, "dream_steps", broken_off(at, how))
         if how is kill:
             with pytest.raises(Killed):
                 command("a duck", "--steps", 6)
@@ -151,6 +152,7 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch, how):
             assert status == 130 and "goes on" in errors[0]
     folder = tmp_path / "out" / "a-duck"
     assert "state.pt" in files(folder) and "mesh.glb" not in files(folder)
+    assert ("nerf.safetensors" in files(folder)) == (at == 6 and how is ctrl_c)
     assert command("a duck", "--steps", 6)[0] == 0
     assert files(folder) == MADE
     for name in MADE:

@@ -2,6 +2,7 @@
 runs that are interrupted and must end as if they had not been, and what bad input gets."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,19 +112,21 @@ def run(monkeypatch, out, *more):
                 "--save-every", "0", *more])
 
 
-def test_an_interrupted_run_ends_as_the_unbroken_one(monkeypatch, tmp_path):
+@pytest.mark.parametrize("which, at", [
+    ("diffusion_loss", 5), ("autoencoder_loss", 3)])               # the autoencoder's last step
+def test_an_interrupted_run_ends_as_the_unbroken_one(monkeypatch, tmp_path, which, at):
     run(monkeypatch, tmp_path / "whole")
-    calls, loss = [], train.diffusion_loss
+    calls, loss = [], getattr(train, which)
 
     def interrupted(*inputs):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == at:
             signal.raise_signal(signal.SIGINT)     # Ctrl-C in the middle of a step
         return loss(*inputs)
-    monkeypatch.setattr(train, "diffusion_loss", interrupted)
+    monkeypatch.setattr(train, which, interrupted)
     with pytest.raises(SystemExit, match="goes on from there"):
         run(monkeypatch, tmp_path / "broken")
-    monkeypatch.setattr(train, "diffusion_loss", loss)
+    monkeypatch.setattr(train, which, loss)
     run(monkeypatch, tmp_path / "broken")
 
     whole, broken = (MVDream.from_pretrained(tmp_path / name) for name in ("whole", "broken"))
@@ -351,12 +354,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(world, tmp_path):
 
 
 def test_resuming_with_another_model_is_refused(world, tmp_path, monkeypatch):
-    tune(world, tmp_path / "out")
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    tune(world, tmp_path / "out", "--model", str(model))
+    with pytest.raises(ValueError, match="another --model"):
+        tune(world, tmp_path / "out")
     monkeypatch.setattr(train, "TINY", {**MICRO, "unet": {**MICRO["unet"], "model_channels": 64}})
     train.main(["--steps", "15", "--batch", "8", "--sets", "3", "--device", "cpu",
                 "--out", str(tmp_path / "wide")])
+    shutil.copytree(tmp_path / "wide", model, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="model of other sizes.*unet") as error:
-        tune(world, tmp_path / "out", "--model", str(tmp_path / "wide"))
+        tune(world, tmp_path / "out", "--model", str(model))
     assert "\n" not in str(error.value)
 
 
