@@ -192,6 +192,7 @@ def folder_for(out, prompt, record):
 def open_model(args):
     """-> the model on its device. On a CPU: as many threads as cores are granted, no more."""
     import torch
+    import data
     from mvdream import MVDream
     device = args.device
     if device == "auto":
@@ -207,10 +208,13 @@ def open_model(args):
         torch.set_num_threads(max(1, min(torch.get_num_threads(), int(quota) // int(period))))
     model = MVDream.from_pretrained(args.model, device=device)
     long = model.image_size > 128 and args.lift == "sds" and not args.views_only
-    if not (long and device.startswith("cuda") and shutil.which("cc")):
-        return model.accelerate()
-    print("compiling the networks: two minutes, that thousands of steps earn back", flush=True)
-    return model.accelerate("default")
+    long = long and device.startswith("cuda") and shutil.which("cc")
+    if long:
+        print("compiling the networks: two minutes, that thousands of steps earn back", flush=True)
+    model.accelerate("default" if long else None)
+    if device.startswith("cuda"):       # the first pictures start its libraries and record graphs
+        model.sample([SUFFIX], data.orbit_cameras(args.views or 4), steps=2, sampler="dpm")
+    return model
 
 
 def make_views(args, model, prompt, num, how, path):
