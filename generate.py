@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 # Threads that wait for each other sleep instead of spinning: where other programs run on the same
 # cores, spinning made this one three times slower. To be said before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-SUFFIX = ", 3d asset"       # ends the captions of 3D training data, and the prompt of the views
+SUFFIX = ", 3d asset"       # data.SUFFIX, said once more because data.py imports PyTorch
 PERIOD = 10                 # seconds from one preview and saved state to the next
 
 # ---- The command line: what can be wrong in it is found before PyTorch is imported ---------------
@@ -192,7 +192,6 @@ def folder_for(out, prompt, record):
 def open_model(args):
     """-> the model on its device. On a CPU: as many threads as cores are granted, no more."""
     import torch
-    import data
     from mvdream import MVDream
     device = args.device
     if device == "auto":
@@ -208,13 +207,10 @@ def open_model(args):
         torch.set_num_threads(max(1, min(torch.get_num_threads(), int(quota) // int(period))))
     model = MVDream.from_pretrained(args.model, device=device)
     long = model.image_size > 128 and args.lift == "sds" and not args.views_only
-    long = long and device.startswith("cuda") and shutil.which("cc")
-    if long:
-        print("compiling the networks: two minutes, that thousands of steps earn back", flush=True)
-    model.accelerate("default" if long else None)
-    if device.startswith("cuda"):       # the first pictures start its libraries and record graphs
-        model.sample([SUFFIX], data.orbit_cameras(args.views or 4), steps=2, sampler="dpm")
-    return model
+    if not (long and device.startswith("cuda") and shutil.which("cc")):
+        return model.accelerate()
+    print("compiling the networks: two minutes, that thousands of steps earn back", flush=True)
+    return model.accelerate("default")
 
 
 def make_views(args, model, prompt, num, how, path):
@@ -237,13 +233,14 @@ def lift(args, model, prompt, s, views, folder):
     steps = sds.dream_steps(model, prompt, s, args.seed, state if state.exists() else None, views)
     with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar, ctrl_c_to(stop):
         for now in steps:
-            bar.initial = bar.initial or now.step - 1       # steps of an earlier run take no time
+            if not bar.n:                                   # steps of an earlier run take no time
+                bar.initial = now.step - 1
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
                 bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
                                     f"occupied {now.occupancy:.2f}, {sds.peak_memory():.1f} GiB",
                                     refresh=False)
-            last = now.step == s.steps                      # there is nothing to go on with
+            last = now.step == s.steps                      # from there nothing is left to go on
             if stop or last or time.time() - saved > PERIOD:
                 if not last:
                     with writing(state) as part:

@@ -112,7 +112,7 @@ def compile_kernels(sources, arch, library):
                     raise
 
 
-def register_derivatives(cuda):
+def register_derivatives(tensor_cores):
     """Shapes and derivatives of the operators, for autograd and torch.compile.
 
     gather encodes; scatter is its transpose towards the table, pull towards the points; `v` makes
@@ -162,7 +162,7 @@ def register_derivatives(cuda):
     register("composite", lambda s, c, t, offsets, delta, g, sums: (
         (s.new_empty(len(offsets) - 1, c.shape[1] + 2), torch.empty_like(s)) if g is None
         else (torch.empty_like(s), torch.empty_like(c))), composite)
-    if cuda:
+    if tensor_cores:
         register("network", lambda x, W1, W2, g: (
             (x.new_empty(len(x), 4), x.new_empty(0), x.new_empty(0)) if g is None
             else (torch.empty_like(x), torch.empty_like(W1), torch.empty_like(W2))), network)

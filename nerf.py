@@ -388,7 +388,7 @@ def write_glb(path, vertices, faces, colors):
 # ---- From views to 3D: the smallest complete lesson ----------------------------------------------
 
 
-def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
+def fit(nerf, images, origins, directions, steps, rays=4096):
     """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR.
 
     Images (...,4), on black and with their opacity, stand before a new colour each step: so nothing
@@ -402,7 +402,7 @@ def fit(nerf, images, origins, directions, steps, rays=4096, background=None):
     for step in range(steps):
         nerf.update_occupancy(step)
         pick = torch.randint(len(images), (rays,), device=images.device)
-        truth = images[pick]
+        truth, background = images[pick], None
         if images.shape[1] == 4:
             background = torch.rand(3, device=images.device)
             truth = truth[:, :3] + (1 - truth[:, 3:]) * background

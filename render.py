@@ -20,7 +20,6 @@ Captions: MODELS/captions.csv (uid, caption), or NAME.txt beside NAME.obj, or el
 The same command goes on where it stopped; what is broken is skipped, and named at the end.
 """
 import argparse
-import csv
 import importlib.util
 import json
 import math
@@ -41,7 +40,7 @@ from tqdm import tqdm
 import data
 import sources
 
-SUFFIXES = ".obj", ".glb", ".gltf"
+MODELS = ".obj", ".glb", ".gltf"
 TURN = np.array([[0., 0, 1], [1, 0, 0], [0, 1, 0]])             # a file's axes to the world's
 BLENDER = np.array([[1., 0, 0], [0, 0, -1], [0, 1, 0]])         # to those Blender's importers use
 
@@ -179,18 +178,17 @@ def find_models(source, unpacked):
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such folder or file")
     root = source if source.is_dir() else source.parent
-    rows = csv.reader(sources.read_text(root / "captions.csv").splitlines())
-    captions = {row[0]: row[1] for row in rows if len(row) > 1}
+    captions = sources.read_captions(root)
     for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
         name, suffix = path.relative_to(root).with_suffix("").as_posix(), path.suffix.lower()
         if suffix == ".sh3f":
             found.update(read_library(path, name, Path(unpacked) / str(len(found))))
-        elif suffix in SUFFIXES:
+        elif suffix in MODELS:
             caption = captions.get(name) or captions.get(path.stem)
             caption = caption or sources.read_text(path.with_suffix(".txt")) or article(path.stem)
             found[name + suffix * (name in found)] = path, TURN, caption    # chair, and chair.glb
     if not found:
-        raise ValueError(f"{source}: no model found; wanted are {', '.join(SUFFIXES)} or .sh3f")
+        raise ValueError(f"{source}: no model found; wanted are {', '.join(MODELS)} or .sh3f")
     return found
 
 
@@ -209,7 +207,7 @@ def read_library(path, name, folder):
     for i, entry in entries.items():
         model = sources.inside(folder, entry.get("model", "").lstrip("/"))
         turn = np.array(entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float)
-        if model.suffix.lower() in SUFFIXES:
+        if model.suffix.lower() in MODELS:
             found[f"{name}/{model.stem}_{i}"] = (model, TURN @ turn.reshape(3, 3),
                                                  article(entry.get("name") or model.stem))
     return found

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 
 VIEWS = 4                                       # of a set
-SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
+PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 
 
 def read_picture(file, size, grey, name):
@@ -50,6 +50,12 @@ def read_picture(file, size, grey, name):
 
 def read_text(path):
     return path.read_text("utf-8", "replace").strip() if path.is_file() else ""
+
+
+def read_captions(folder):
+    """captions.csv (uid, caption), as Cap3D publishes -> {uid: caption}"""
+    rows = csv.reader(read_text(folder / "captions.csv").splitlines())
+    return {row[0]: row[1] for row in rows if len(row) > 1}
 
 
 def inside(folder, name):
@@ -95,8 +101,7 @@ class ViewSets(Samples):
         super().__init__(folder, size)
 
     def fill(self):
-        table = read_text(self.folder / "captions.csv").splitlines()
-        captions = {row[0]: row[1] for row in csv.reader(table) if len(row) > 1}
+        captions = read_captions(self.folder)
         for path in sorted(self.folder.rglob("transforms.json")):
             caption = read_text(path.with_name("caption.txt")) or captions.get(path.parent.name)
             try:
@@ -117,7 +122,7 @@ class ViewSets(Samples):
         try:
             for frame in json.loads(path.read_text("utf-8"))["frames"]:
                 file = inside(path.parent, frame["file_path"])
-                file = file if file.suffix.lower() in SUFFIXES else Path(f"{file}.png")
+                file = file if file.suffix.lower() in PICTURES else Path(f"{file}.png")
                 if file.is_file():
                     files.append(file)
                     c2w.append(torch.tensor(frame["transform_matrix"]).float().reshape(4, 4))
@@ -177,7 +182,7 @@ class Pictures(Samples):
         for path in sorted(self.folder.rglob("*")):
             if path.suffix == ".tar":
                 self.read_shard(path)
-            elif path.suffix.lower() in SUFFIXES:
+            elif path.suffix.lower() in PICTURES:
                 caption = self.caption or listed.get(path) or read_text(path.with_suffix(".txt"))
                 self.add(caption, path, 0, -1)
 
@@ -197,7 +202,7 @@ class Pictures(Samples):
                     outside = os.path.isabs(stem) or ".." in stem.split("/")
                     if outside or member.issym() or member.islnk():
                         self.faults["tar members that point outside"].append(f"{path}: {stem}")
-                    elif suffix.lower() in SUFFIXES:
+                    elif suffix.lower() in PICTURES:
                         pictures[stem] = member.offset_data, member.size
                     elif suffix == ".txt":
                         texts[stem] = shard.extractfile(member).read().decode("utf-8", "replace")

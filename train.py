@@ -402,11 +402,9 @@ def parse(argv=None):
     seen = (args.steps - args.autoencoder_steps) * args.batch // VIEWS
     args.sets = args.sets or max(16, min(seen, 40_000 if args.gpu else 2_000))
     args.report = 50 if args.gpu else 5
-    args.settings = {k: getattr(args, k) for k in (
+    args.settings = {k: str(getattr(args, k)) for k in (
         "steps", "batch", "lr", "mix", "seed", "attention", "camera", "sets", "preserve",
-        "train_text")}
-    args.settings |= {k: str(getattr(args, k)) for k in (
-        "model", "data", "images", "dreambooth", "subject")}
+        "train_text", "model", "data", "images", "dreambooth", "subject")}
     refuse(args)
     return args
 

@@ -327,7 +327,7 @@ def subject(caption, c2w, background):
 def resemblance(model, prompt, caption, options, seeds=4):
     """PSNR to the subject's truth from four views between the photos', and the first pictures."""
     c2w = data.orbit_cameras(VIEWS, 15.0, 65.0)
-    images = generate(model, [prompt + ", 3d asset"] * seeds, c2w.expand(seeds, VIEWS, 4, 4), 20, 3.0)
+    images = generate(model, [prompt + data.SUFFIX] * seeds, c2w.expand(seeds, VIEWS, 4, 4), 20, 3.0)
     truth = torch.stack([subject(caption, c2w, grey) for grey in border(images).tolist()]).to(images)
     return psnr(images, truth).mean().item(), [images[:1], truth[:1]]
 
