@@ -5,6 +5,7 @@
     python tests/benchmark.py sds        score distillation: time, memory, quality, ablations
     python tests/benchmark.py train      training: throughput, memory, the paper's comparisons
     python tests/benchmark.py quality    four views against ground truth, the table of the README
+    python tests/benchmark.py pictures   the pictures of the README that teach
     python tests/benchmark.py cpu        the commands of the first screen on this machine
 
 Options after the name go to that part: `python tests/benchmark.py quality --prompts 16`.
@@ -13,7 +14,7 @@ import importlib
 import sys
 from pathlib import Path
 
-PARTS = ("model", "nerf", "sds", "train", "quality", "cpu")
+PARTS = ("model", "nerf", "sds", "train", "quality", "pictures", "cpu")
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
