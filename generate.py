@@ -238,7 +238,7 @@ def lift(args, model, prompt, s, views, folder):
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
                 bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
-                                    f"occupied {now.occupancy:.2f}, {sds.peak_memory():.1f} GiB",
+                                    f"occupied {now.nerf.occupied().float().mean():.2f}, {sds.peak_memory():.1f} GiB",
                                     refresh=False)
             last = now.step == s.steps                      # from there nothing is left to go on
             if stop or last or time.time() - saved > PERIOD:
