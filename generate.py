@@ -5,9 +5,9 @@ The views come within seconds: multi-view diffusion. Then a NeRF is optimised un
 model likes it from everywhere: score distillation. A turntable and a mesh are made of that.
 
 outputs/<prompt>/ then holds views.png, preview.png (refreshed as it goes), turntable.gif,
-nerf.safetensors, mesh.glb and settings.json. The same command again goes on where it was stopped,
-be it by Ctrl-C, kill -9 or a full disk; once all is made it says so and does nothing. The same
-prompt with other settings gets a folder of its own, <prompt>-2: nothing is overwritten.
+nerf.safetensors, mesh.glb and settings.json. The same command again goes on from what was saved
+last, be it stopped by Ctrl-C, kill -9 or a full disk; once all is made it says so and does nothing.
+The same prompt with other settings gets a folder of its own, <prompt>-2: nothing is overwritten.
 """
 import argparse
 import contextlib
@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -157,10 +156,11 @@ def writing(path):
         yield part
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        for file in path.parent.glob(f"{part.name}*"):
-            file.unlink()
         raise OSError(f"could not write {path} ({getattr(e, 'strerror', None) or e}); what was "
                       "made before is still there; make room, repeat the command") from None
+    finally:
+        for file in path.parent.glob(f"{part.name}*"):
+            file.unlink()
 
 
 def to_image(pictures, size):
@@ -229,44 +229,28 @@ def lift(args, model, prompt, s, views, folder):
     """The optimisation, with its bar, previews and saved states -> the NeRF, saved."""
     import sds
     from tqdm import tqdm
-    state, saved, stop = folder / "state.pt", time.time(), []
+    state, saved = folder / "state.pt", time.time()
     steps = sds.dream_steps(model, prompt, s, args.seed, state if state.exists() else None, views)
-    with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar, ctrl_c_to(stop):
+    with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar:
         for now in steps:
             if not bar.n:                                   # steps of an earlier run take no time
                 bar.initial = now.step - 1
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
-                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
-                                    f"occupied {now.nerf.occupied().float().mean():.2f}, {sds.peak_memory():.1f} GiB",
-                                    refresh=False)
+                occupied = now.nerf.occupied().float().mean()
+                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, occupied "
+                                    f"{occupied:.2f}, {sds.peak_memory():.1f} GiB", refresh=False)
             last = now.step == s.steps                      # from there nothing is left to go on
-            if stop or last or time.time() - saved > PERIOD:
+            if last or time.time() - saved > PERIOD:
                 if not last:
                     with writing(state) as part:
                         now.save(part)
                 with writing(folder / "preview.png") as part:
                     to_image(look_around(now.nerf, 4, s.size[1]), 2 * s.size[1]).save(part)
                 saved = time.time()
-            if stop and not last:
-                raise KeyboardInterrupt
     with writing(folder / "nerf.safetensors") as part:
         now.nerf.save(part)
-    if stop:
-        raise KeyboardInterrupt
     return now.nerf
-
-
-@contextlib.contextmanager
-def ctrl_c_to(stop):
-    """Ctrl-C fills the list `stop`, so that a step can be finished and saved; twice is twice."""
-    def note(*_):
-        stop.append(signal.signal(signal.SIGINT, signal.default_int_handler))
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def look_around(nerf, num_views, size):
@@ -356,7 +340,7 @@ def main(argv=None):
             except ValueError as e:             # the object died; other prompts may fare better
                 status = fail(f"{prompt}: {e}")
     except KeyboardInterrupt:
-        fail("stopped; nothing is lost, the same command goes on from here")
+        fail(f"stopped; the same command goes on, {PERIOD} seconds back at most")
         return 130
     except (ValueError, OSError) as e:
         return fail(e)
