@@ -226,7 +226,7 @@ def make_views(args, model, prompt, num, how, path):
 
 
 def lift(args, model, prompt, s, views, folder):
-    """The optimisation, with its bar, previews and saved states -> the NeRF, saved."""
+    """The optimisation, with its bar, previews and saved states; in the end, the NeRF."""
     import sds
     from tqdm import tqdm
     state, saved = folder / "state.pt", time.time()
@@ -246,36 +246,27 @@ def lift(args, model, prompt, s, views, folder):
                     with writing(state) as part:
                         now.save(part)
                 with writing(folder / "preview.png") as part:
-                    to_image(look_around(now.nerf, 4, s.size[1]), 2 * s.size[1]).save(part)
+                    pictures = look_around(now.nerf.eval(), 4, s.size[1])
+                    to_image(pictures, 2 * s.size[1]).save(part)
+                now.nerf.train()
                 saved = time.time()
     with writing(folder / "nerf.safetensors") as part:
         now.nerf.save(part)
-    return now.nerf
 
 
 def look_around(nerf, num_views, size):
     """The object from all sides, before white -> (num_views, size, size, 3)"""
     import data
-    training, device = nerf.training, next(nerf.parameters()).device
     c2w = data.orbit_cameras(num_views)
     c2w[:, :3, 3] *= data.TOY_DISTANCE
-    rays = data.camera_rays(c2w.to(device), data.TOY_FOV, size, size)
-    pictures = nerf.eval().render(*rays, background=1.0)["rgb"]
-    nerf.train(training)
-    return pictures
+    c2w = c2w.to(next(nerf.parameters()).device)
+    return nerf.render(*data.camera_rays(c2w, data.TOY_FOV, size, size), background=1.0)["rgb"]
 
 
 def save_turntable(nerf, path, size):
     pictures = look_around(nerf, 60 if size > 128 else 30, size)
     first, *rest = (to_image(picture[None], size) for picture in pictures)
-    with writing(path) as part:
-        first.save(part, save_all=True, append_images=rest, loop=0, duration=4000 // len(pictures))
-
-
-def save_mesh(nerf, path):
-    from nerf import write_glb
-    with writing(path) as part:
-        write_glb(part, *nerf.mesh(128))
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=4000 // len(pictures))
 
 
 def plan(args, model, prompt):
@@ -295,30 +286,35 @@ def plan(args, model, prompt):
 
 def make(args, model, prompt):
     """All files of one prompt, less those that are there."""
-    from nerf import NeRF
+    from nerf import NeRF, write_glb
     s, how, record = plan(args, model, prompt)
-    folder, took = folder_for(args.out, prompt, record), {}
+    folder, took = folder_for(args.out, prompt, record), []
     views, nerf, turntable, mesh = (
         folder / name for name in ("views.png", "nerf.safetensors", "turntable.gif", "mesh.glb"))
 
-    def timed(what, function, *inputs):
+    @contextlib.contextmanager
+    def timed(what):
         start = time.time()
-        result = function(*inputs)
-        took[what] = f"{what} {time.time() - start:.1f} s"
-        return result
+        yield
+        took.append(f"{what} {time.time() - start:.1f} s")
 
     fit = args.lift == "reconstruct" and not args.views_only and not nerf.exists()
     if fit or not views.exists():
-        seen = timed(f"{s.views} views", make_views, args, model, prompt, s.views, how, views)
+        with timed(f"{s.views} views"):
+            seen = make_views(args, model, prompt, s.views, how, views)
     if not args.views_only and not mesh.exists():
-        thing = NeRF.load(nerf, model.device) if nerf.exists() else timed(
-            "object", lift, args, model, prompt, s, seen if fit else None, folder)
+        if not nerf.exists():
+            with timed("object"):
+                lift(args, model, prompt, s, seen if fit else None, folder)
+        thing = NeRF.load(nerf, model.device).eval()
         if not turntable.exists():
-            timed("turntable", save_turntable, thing.eval(), turntable, model.image_size)
-        timed("mesh", save_mesh, thing.eval(), mesh)
+            with timed("turntable"), writing(turntable) as part:
+                save_turntable(thing, part, model.image_size)
+        with timed("mesh"), writing(mesh) as part:
+            write_glb(part, *thing.mesh(128))
         (folder / "state.pt").unlink(missing_ok=True)
     print(f"{folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    print(", ".join(took.values()) or "nothing to do: this command made it all before")
+    print(", ".join(took) or "nothing to do: this command made it all before")
 
 
 def main(argv=None):
