@@ -63,7 +63,8 @@ def parse(argv):
                              "--steps, --guidance and --rescale are those of the views.")
     g.add_argument("--lift", choices=("sds", "reconstruct"), default="sds",
                    help="score distillation, or a plain fit to the views: quick and rough")
-    g.add_argument("--preset", help="full, full-shaded, tiny-gpu, tiny-cpu (by model and device)")
+    g.add_argument("--preset", choices=("full", "full-shaded", "tiny-gpu", "tiny-cpu"),
+                   help="of settings (by model and device)")
     g.add_argument("--steps", type=int, help="optimisation steps")
     g.add_argument("--guidance", type=float, help="obedience to the text; 1 is none")
     g.add_argument("--rescale", type=float, help="against over-saturation, 0 to 1")
@@ -108,11 +109,9 @@ def read_prompts(p, args):
 def settings_of(args, preset):
     """The preset with what the command line says, checked."""
     import sds
-    if preset not in sds.PRESETS:
-        raise ValueError(f"--preset {preset}: there are {', '.join(sds.PRESETS)}")
-    names = ["negative", "memory", "views"] + ["steps", "guidance", "rescale"] * (
-        not args.views_only)
     s = sds.PRESETS[preset]
+    names = ["negative", "memory", "views"]
+    names += [] if args.views_only else ["steps", "guidance", "rescale"]
     s = replace(s, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if args.views:                                          # as many sets a step as the preset has
         s = replace(s, batch=tuple(n * args.views // 4 for n in s.batch))

@@ -435,8 +435,7 @@ class MVDream(nn.Module):
 
 class Graphs:
     """A function that from the second call on is replayed as a CUDA graph, forward and backward,
-    one for each set of shapes that its arguments come in, tensors before others. A result holds
-    until the next call."""
+    one for each set of shapes of its arguments, tensors first. A result holds to the next call."""
 
     def __init__(self, function):
         self.function, self.recorded = function, {}

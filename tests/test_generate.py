@@ -256,6 +256,11 @@ def test_mistakes_are_found_before_pytorch_is_imported():
     assert out.stdout.split() == ["2", "False"] and out.stderr.count("\n") == 1
 
 
+def test_every_preset_has_its_flag(tmp_path):
+    for name in sds.PRESETS:
+        assert generate.parse(["a", "--preset", name, "--out", str(tmp_path)]).preset == name
+
+
 def test_values_by_name():
     s = generate.with_values(sds.FULL, ["size=48", "batch=8,4", "guidance=3", "shading=true",
                                         "negative=a b", "levels=5", "steps=7"])
