@@ -5,9 +5,9 @@ The views come within seconds: multi-view diffusion. Then a NeRF is optimised un
 model likes it from everywhere: score distillation. A turntable and a mesh are made of that.
 
 outputs/<prompt>/ then holds views.png, preview.png (refreshed as it goes), turntable.gif,
-nerf.safetensors, mesh.glb and settings.json. The same command again goes on where it was stopped,
-be it by Ctrl-C, kill -9 or a full disk; once all is made it says so and does nothing. The same
-prompt with other settings gets a folder of its own, <prompt>-2: nothing is overwritten.
+nerf.safetensors, mesh.glb and settings.json. The same command again goes on from what was saved
+last, be it stopped by Ctrl-C, kill -9 or a full disk; once all is made it says so and does nothing.
+The same prompt with other settings gets a folder of its own, <prompt>-2: nothing is overwritten.
 """
 import argparse
 import contextlib
@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -64,7 +63,8 @@ def parse(argv):
                              "--steps, --guidance and --rescale are those of the views.")
     g.add_argument("--lift", choices=("sds", "reconstruct"), default="sds",
                    help="score distillation, or a plain fit to the views: quick and rough")
-    g.add_argument("--preset", help="full, full-shaded, tiny-gpu, tiny-cpu (by model and device)")
+    g.add_argument("--preset", choices=("full", "full-shaded", "tiny-gpu", "tiny-cpu"),
+                   help="of settings (by model and device)")
     g.add_argument("--steps", type=int, help="optimisation steps")
     g.add_argument("--guidance", type=float, help="obedience to the text; 1 is none")
     g.add_argument("--rescale", type=float, help="against over-saturation, 0 to 1")
@@ -109,11 +109,9 @@ def read_prompts(p, args):
 def settings_of(args, preset):
     """The preset with what the command line says, checked."""
     import sds
-    if preset not in sds.PRESETS:
-        raise ValueError(f"--preset {preset}: there are {', '.join(sds.PRESETS)}")
-    names = ["negative", "memory", "views"] + ["steps", "guidance", "rescale"] * (
-        not args.views_only)
     s = sds.PRESETS[preset]
+    names = ["negative", "memory", "views"]
+    names += [] if args.views_only else ["steps", "guidance", "rescale"]
     s = replace(s, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if args.views:                                          # as many sets a step as the preset has
         s = replace(s, batch=tuple(n * args.views // 4 for n in s.batch))
@@ -157,10 +155,11 @@ def writing(path):
         yield part
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        for file in path.parent.glob(f"{part.name}*"):
-            file.unlink()
         raise OSError(f"could not write {path} ({getattr(e, 'strerror', None) or e}); what was "
                       "made before is still there; make room, repeat the command") from None
+    finally:
+        for file in path.parent.glob(f"{part.name}*"):
+            file.unlink()
 
 
 def to_image(pictures, size):
@@ -226,72 +225,47 @@ def make_views(args, model, prompt, num, how, path):
 
 
 def lift(args, model, prompt, s, views, folder):
-    """The optimisation, with its bar, previews and saved states -> the NeRF, saved."""
+    """The optimisation, with its bar, previews and saved states; in the end, the NeRF."""
     import sds
     from tqdm import tqdm
-    state, saved, stop = folder / "state.pt", time.time(), []
+    state, saved = folder / "state.pt", time.time()
     steps = sds.dream_steps(model, prompt, s, args.seed, state if state.exists() else None, views)
-    with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar, ctrl_c_to(stop):
+    with tqdm(total=s.steps, unit="step", mininterval=0.5) as bar:
         for now in steps:
             if not bar.n:                                   # steps of an earlier run take no time
                 bar.initial = now.step - 1
             bar.update(now.step - bar.n)
             if now.step % 25 == 0:
-                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, "
-                                    f"occupied {now.occupancy:.2f}, {sds.peak_memory():.1f} GiB",
-                                    refresh=False)
+                occupied = now.nerf.occupied().float().mean()
+                bar.set_postfix_str(f"loss {now.loss:.1f}, opacity {now.opacity:.2f}, occupied "
+                                    f"{occupied:.2f}, {sds.peak_memory():.1f} GiB", refresh=False)
             last = now.step == s.steps                      # from there nothing is left to go on
-            if stop or last or time.time() - saved > PERIOD:
+            if last or time.time() - saved > PERIOD:
                 if not last:
                     with writing(state) as part:
                         now.save(part)
                 with writing(folder / "preview.png") as part:
-                    to_image(look_around(now.nerf, 4, s.size[1]), 2 * s.size[1]).save(part)
+                    pictures = look_around(now.nerf.eval(), 4, s.size[1])
+                    to_image(pictures, 2 * s.size[1]).save(part)
+                now.nerf.train()
                 saved = time.time()
-            if stop and not last:
-                raise KeyboardInterrupt
     with writing(folder / "nerf.safetensors") as part:
         now.nerf.save(part)
-    if stop:
-        raise KeyboardInterrupt
-    return now.nerf
-
-
-@contextlib.contextmanager
-def ctrl_c_to(stop):
-    """Ctrl-C fills the list `stop`, so that a step can be finished and saved; twice is twice."""
-    def note(*_):
-        stop.append(signal.signal(signal.SIGINT, signal.default_int_handler))
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def look_around(nerf, num_views, size):
     """The object from all sides, before white -> (num_views, size, size, 3)"""
     import data
-    training, device = nerf.training, next(nerf.parameters()).device
     c2w = data.orbit_cameras(num_views)
     c2w[:, :3, 3] *= data.TOY_DISTANCE
-    rays = data.camera_rays(c2w.to(device), data.TOY_FOV, size, size)
-    pictures = nerf.eval().render(*rays, background=1.0)["rgb"]
-    nerf.train(training)
-    return pictures
+    c2w = c2w.to(next(nerf.parameters()).device)
+    return nerf.render(*data.camera_rays(c2w, data.TOY_FOV, size, size), background=1.0)["rgb"]
 
 
 def save_turntable(nerf, path, size):
     pictures = look_around(nerf, 60 if size > 128 else 30, size)
     first, *rest = (to_image(picture[None], size) for picture in pictures)
-    with writing(path) as part:
-        first.save(part, save_all=True, append_images=rest, loop=0, duration=4000 // len(pictures))
-
-
-def save_mesh(nerf, path):
-    from nerf import write_glb
-    with writing(path) as part:
-        write_glb(part, *nerf.mesh(128))
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=4000 // len(pictures))
 
 
 def plan(args, model, prompt):
@@ -311,30 +285,35 @@ def plan(args, model, prompt):
 
 def make(args, model, prompt):
     """All files of one prompt, less those that are there."""
-    from nerf import NeRF
+    from nerf import NeRF, write_glb
     s, how, record = plan(args, model, prompt)
-    folder, took = folder_for(args.out, prompt, record), {}
+    folder, took = folder_for(args.out, prompt, record), []
     views, nerf, turntable, mesh = (
         folder / name for name in ("views.png", "nerf.safetensors", "turntable.gif", "mesh.glb"))
 
-    def timed(what, function, *inputs):
+    @contextlib.contextmanager
+    def timed(what):
         start = time.time()
-        result = function(*inputs)
-        took[what] = f"{what} {time.time() - start:.1f} s"
-        return result
+        yield
+        took.append(f"{what} {time.time() - start:.1f} s")
 
     fit = args.lift == "reconstruct" and not args.views_only and not nerf.exists()
     if fit or not views.exists():
-        seen = timed(f"{s.views} views", make_views, args, model, prompt, s.views, how, views)
+        with timed(f"{s.views} views"):
+            seen = make_views(args, model, prompt, s.views, how, views)
     if not args.views_only and not mesh.exists():
-        thing = NeRF.load(nerf, model.device) if nerf.exists() else timed(
-            "object", lift, args, model, prompt, s, seen if fit else None, folder)
+        if not nerf.exists():
+            with timed("object"):
+                lift(args, model, prompt, s, seen if fit else None, folder)
+        thing = NeRF.load(nerf, model.device).eval()
         if not turntable.exists():
-            timed("turntable", save_turntable, thing.eval(), turntable, model.image_size)
-        timed("mesh", save_mesh, thing.eval(), mesh)
+            with timed("turntable"), writing(turntable) as part:
+                save_turntable(thing, part, model.image_size)
+        with timed("mesh"), writing(mesh) as part:
+            write_glb(part, *thing.mesh(128))
         (folder / "state.pt").unlink(missing_ok=True)
     print(f"{folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    print(", ".join(took.values()) or "nothing to do: this command made it all before")
+    print(", ".join(took) or "nothing to do: this command made it all before")
 
 
 def main(argv=None):
@@ -356,7 +335,7 @@ def main(argv=None):
             except ValueError as e:             # the object died; other prompts may fare better
                 status = fail(f"{prompt}: {e}")
     except KeyboardInterrupt:
-        fail("stopped; nothing is lost, the same command goes on from here")
+        fail(f"stopped; the same command goes on, {PERIOD} seconds back at most")
         return 130
     except (ValueError, OSError) as e:
         return fail(e)

@@ -7,7 +7,7 @@
 
 They are told apart by what is found. Files are mapped, not read: a tensor costs memory when it is
 converted, and none when it is already what is wanted, so that no weight is ever held twice. Loading
-is strict, and what is no tensor is not loaded.
+is strict, and what is no tensor is not loaded. tokenizer/ holds CLIP's vocabulary.
 """
 import json
 from pathlib import Path
@@ -22,12 +22,12 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
             "text_encoder": "cond_stage_model.model."}      # of the parts in an LDM file
 
 
-def read_model(path, parts=PREFIXES):
+def read_model(path):
     """Any of the four layouts, told apart by what is found -> the source in words, the config in
-    our form, {name in an LDM file: tensor}; of Hugging Face's folder only `parts` are read."""
+    our form, {part: {name: tensor}}"""
     path = Path(path)
     if any((path / part).is_dir() for part in PREFIXES):
-        return read_hugging_face(path, parts)
+        return read_hugging_face(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
@@ -48,7 +48,8 @@ def read_model(path, parts=PREFIXES):
     if stray:
         raise ValueError(f"{path}: no model of ours; unexpected weights, first {stray[:3]}")
     layout = "MVDream's .pt" if file.suffix == ".pt" else "a single LDM file"
-    return f"{path}, read as {'our own layout' if saved else layout}", config, tensors
+    return (f"{path}, read as {'our own layout' if saved else layout}", config,
+            {part: take(tensors, prefix) for part, prefix in PREFIXES.items()})
 
 
 def read_json(file):
@@ -86,8 +87,15 @@ def take(tensors, prefix):
     return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
 
-def schedule_tables(alphas_cumprod):
-    """The twelve tables that the original code keeps in its checkpoints; nothing reads them."""
+def never_read(tensors, layers, alphas_cumprod):
+    """What the released MVDream's strict loading wants and nothing reads: the text tower's last
+    block and CLIP's projection, here zeros, and the twelve tables of the noise schedule."""
+    text = PREFIXES["text_encoder"]
+    block, norm = f"{text}transformer.resblocks.", tensors[f"{text}ln_final.weight"]
+    zeros = {f"{block}{layers}.{key}": torch.zeros_like(tensor)
+             for key, tensor in take(tensors, f"{block}0.").items()}
+    zeros |= {f"{text}text_projection": norm.new_zeros(len(norm), len(norm)),
+              f"{text}logit_scale": norm.new_zeros(())}
     abar = alphas_cumprod.double().cpu()
     prev = torch.cat([abar.new_ones(1), abar[:-1]])
     beta = 1 - abar / prev
@@ -101,7 +109,7 @@ def schedule_tables(alphas_cumprod):
         "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
         "posterior_mean_coef1": beta * prev.sqrt() / (1 - abar),
         "posterior_mean_coef2": (1 - prev) * (1 - beta).sqrt() / (1 - abar)}
-    return {name: table.float() for name, table in tables.items()}
+    return zeros | {name: table.float() for name, table in tables.items()}
 
 
 class NoValues(TorchFunctionMode):
@@ -144,44 +152,59 @@ def write(path, content):
     temporary.replace(path)
 
 
+def read_vocabulary(folder):
+    """vocab.json and merges.txt, or both in a tokenizer.json -> {token: id}, [(a, b), ...]"""
+    if (folder / "tokenizer.json").is_file():
+        bpe = read_json(folder / "tokenizer.json")["model"]
+        vocab, merges = bpe["vocab"], bpe["merges"]
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = read_json(folder / "vocab.json")
+        merges = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [pair for pair in merges if pair and not pair.startswith("#version")]
+    else:
+        raise FileNotFoundError(f"no tokenizer: put CLIP's vocab.json and merges.txt into {folder}")
+    return vocab, [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+
+
+def write_vocabulary(folder, vocab, merges):
+    write(Path(folder) / "vocab.json", json.dumps(vocab))
+    write(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+
+
 # ---- Hugging Face's layout, in the original's names ---------------------------------------------
 
-def read_hugging_face(folder, parts):
+def read_hugging_face(folder):
     files = {part: sorted((folder / part).glob("*.safetensors"), key=lambda file: len(file.name))
-             for part in parts}                     # the plain one before variants such as .fp16
-    lacking = [f"{part}/" for part in parts if not files[part]]
+             for part in PREFIXES}                  # the plain one before variants such as .fp16
+    lacking = [f"{part}/" for part in PREFIXES if not files[part]]
     if lacking:
         raise FileNotFoundError(f"{folder}: a Hugging Face folder that lacks {', '.join(lacking)} "
                                 "with a .safetensors file in it; fetch the whole model")
-    configs = {part: read_json(folder / part / "config.json") for part in parts}
+    unet, vae, text = (read_json(folder / part / "config.json") for part in PREFIXES)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     v = scheduler.get("prediction_type") == "v_prediction"
-    config = {"unet": unet_config(folder, **configs["unet"]), "prediction": "v" if v else "epsilon"}
-    names = {"unet": unet_names(config["unet"])}
-    if "vae" in parts:
-        widths = configs["vae"]["block_out_channels"]
-        config["vae"] = {
-            "ch": widths[0], "ch_mult": tuple(width // widths[0] for width in widths),
-            "num_res_blocks": configs["vae"]["layers_per_block"],
-            "z_channels": configs["vae"]["latent_channels"],
-            "scale_factor": configs["vae"].get("scaling_factor", 0.18215)}
-        config["image_size"] = configs["unet"]["sample_size"] * 2 ** (len(widths) - 1)
-        last = len(widths) - 1                      # the original counts the decoder's levels down
-        names["vae"] = VAE_NAMES | {f"up_blocks.{i}": f"up.{last - i}" for i in range(last + 1)}
-    if "text_encoder" in parts:
-        text = configs["text_encoder"]
-        config["text"] = {
-            "width": text["hidden_size"], "layers": text["num_hidden_layers"],
-            "heads": text["num_attention_heads"], "vocab_size": text["vocab_size"],
-            "max_length": text["max_position_embeddings"]}
-        names["text_encoder"] = TEXT_NAMES
-    tensors = {PREFIXES[part] + rename(key.removeprefix("text_model."), names[part]): tensor
-               for part in parts
-               for key, tensor in read_tensors(files[part][0]).items() if "position_ids" not in key}
-    for key in [key for key in tensors if ".q_proj." in key]:       # OpenCLIP's one matrix of three
-        qkv = [tensors.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
-        tensors[key.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
-    return f"{folder}, read as a Hugging Face folder", config, tensors
+    widths = vae["block_out_channels"]
+    last = len(widths) - 1
+    config = {
+        "unet": unet_config(folder, **unet), "prediction": "v" if v else "epsilon",
+        "image_size": unet["sample_size"] * 2 ** last,
+        "vae": {"ch": widths[0], "ch_mult": tuple(width // widths[0] for width in widths),
+                "num_res_blocks": vae["layers_per_block"], "z_channels": vae["latent_channels"],
+                "scale_factor": vae.get("scaling_factor", 0.18215)},
+        "text": {"width": text["hidden_size"], "layers": text["num_hidden_layers"],
+                 "heads": text["num_attention_heads"], "vocab_size": text["vocab_size"],
+                 "max_length": text["max_position_embeddings"]}}
+    names = {                                       # the original counts the decoder's levels down
+        "unet": unet_names(config["unet"]), "text_encoder": TEXT_NAMES,
+        "vae": VAE_NAMES | {f"up_blocks.{i}": f"up.{last - i}" for i in range(last + 1)}}
+    weights = {part: {rename(key.removeprefix("text_model."), names[part]): tensor
+                      for key, tensor in read_tensors(files[part][0]).items()
+                      if "position_ids" not in key} for part in PREFIXES}
+    tower = weights["text_encoder"]
+    for key in [key for key in tower if ".q_proj." in key]:         # OpenCLIP's one matrix of three
+        qkv = [tower.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        tower[key.replace(".q_proj.", ".in_proj_")] = torch.cat(qkv)
+    return f"{folder}, read as a Hugging Face folder", config, weights
 
 
 def unet_config(folder, block_out_channels, attention_head_dim, down_block_types, **config):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
+from layouts import PREFIXES, fill, never_read, read_model, read_vocabulary, write, write_vocabulary
 from unet import GroupNorm, UNet, UNetConfig, conv, named, upsample
-from layouts import PREFIXES, fill, read_json, read_model, schedule_tables, take, write
 
 
 # ---- Tokenizer: CLIP's byte-pair encoding of lower-case words -----------------------------------
@@ -63,25 +63,6 @@ class Tokenizer:
         pieces = self.encoding.pre_tokenizer.pre_tokenize_str(text)
         words = [text[a:b].strip() for piece, (a, b) in pieces if piece + "</w>" not in self.vocab]
         return list(dict.fromkeys(word for word in words if word.isalnum()))
-
-
-def read_vocabulary(folder):
-    """vocab.json and merges.txt, or both in a tokenizer.json -> {token: id}, [(a, b), ...]"""
-    if (folder / "tokenizer.json").is_file():
-        bpe = read_json(folder / "tokenizer.json")["model"]
-        vocab, merges = bpe["vocab"], bpe["merges"]
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = read_json(folder / "vocab.json")
-        merges = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [pair for pair in merges if pair and not pair.startswith("#version")]
-    else:
-        raise FileNotFoundError(f"no tokenizer: put CLIP's vocab.json and merges.txt into {folder}")
-    return vocab, [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-
-
-def write_vocabulary(folder, vocab, merges):
-    write(Path(folder) / "vocab.json", json.dumps(vocab))
-    write(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
 
 
 def train_tokenizer(captions, folder):
@@ -276,22 +257,19 @@ class Schedule(nn.Module):
         return alpha * output + sigma * x_t if self.prediction == "v" else output
 
 
-# Both go from noise to x0: denoise(x, t) -> x0; yields x after each step. At the first time t the
-# mean of x_t is not 0 but sqrt(abar) E[x0], and sqrt(abar) is 0.07 or more: they start there.
+# Both samplers go from noise to x0: denoise(x, t) -> x0. At the first time t the mean of x_t is not
+# 0 but sqrt(abar) E[x0], and sqrt(abar) is 0.07 or more: they start there.
 
-def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
+def ddim(denoise, start, mean, abar, steps):
     """DDIM: to the predicted x0, and back to the noise level before. Times as released: from 1 on,
     1000 // steps apart (so 30 steps are 31); the last goes to abar[0]."""
-    times = list(range(1, 1000, 1000 // steps))
-    x = start + abar[times[-1]] ** 0.5 * mean
-    for t, t_next in zip(times[::-1], [*times[-2::-1], 0]):
-        a, a_next, x0 = abar[t], abar[t_next], denoise(x, t)
-        noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5
-        s = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
-        x = a_next ** 0.5 * x0 + (1 - a_next - s ** 2) ** 0.5 * noise
-        if eta > 0:
-            x = x + s * randn()
-        yield x
+    times = [*reversed(range(1, 1000, 1000 // steps)), 0]
+    x = start + abar[times[0]] ** 0.5 * mean
+    for t, t_next in zip(times, times[1:]):
+        x0 = denoise(x, t)
+        noise = (x - abar[t] ** 0.5 * x0) / (1 - abar[t]) ** 0.5
+        x = abar[t_next] ** 0.5 * x0 + (1 - abar[t_next]) ** 0.5 * noise
+    return x
 
 
 def dpm_solver(denoise, start, mean, abar, steps):
@@ -306,7 +284,7 @@ def dpm_solver(denoise, start, mean, abar, steps):
         ahead = x0 if before is None else x0 + (x0 - before) * h / (2 * (lam[t] - lam[t_last]))
         spread = ((1 - abar[t_next]) / (1 - abar[t])) ** 0.5
         x, before = spread * x - abar[t_next] ** 0.5 * math.expm1(-h) * ahead, x0
-        yield x
+    return x
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -319,52 +297,41 @@ def camera_condition(c2w):
 
 
 class MVDream(nn.Module):
-    def __init__(self, unet, vae, text_encoder, tokenizer, schedule, image_size, mean=None):
+    def __init__(self, unet, vae, text_encoder, tokenizer, config):
         super().__init__()
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.schedule, self.image_size = tokenizer, schedule, image_size
-        self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * 4, device=self.device))
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.schedule = Schedule(config.get("prediction", "epsilon"))
+        self.image_size = config.get("image_size", 256)
+        self.register_buffer("latent_mean", torch.tensor(config.get("latent_mean", [0.0] * 4)))
 
     @classmethod
     def from_config(cls, config, tokenizer):
         """Random weights; `config` as config.json holds it, what is left out being full size."""
         return cls(UNet(UNetConfig(**config.get("unet", {}))),
                    AutoencoderKL(VAEConfig(**config.get("vae", {}))),
-                   TextEncoder(TextConfig(**config.get("text", {}))), tokenizer,
-                   Schedule(config.get("prediction", "epsilon")), config.get("image_size", 256),
-                   config.get("latent_mean"))
+                   TextEncoder(TextConfig(**config.get("text", {}))), tokenizer, config)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
         """Any of the four weight layouts, told apart by what is found; frozen, for inference."""
-        source, config, tensors = read_model(path)
-        unet = UNet.fill(source, config, tensors, device, dtype)
-        vae = fill(AutoencoderKL, VAEConfig(**config["vae"]), take(tensors, PREFIXES["vae"]),
-                   f"{source}, vae", device, dtype)
-        text = fill(TextEncoder, TextConfig(**config["text"]),
-                    take(tensors, PREFIXES["text_encoder"]), f"{source}, text", device, dtype)
+        source, config, weights = read_model(path)
+        unet = UNet.fill(source, config, weights, device, dtype)
+        vae = fill(AutoencoderKL, VAEConfig(**config["vae"]), weights["vae"], f"{source}, vae",
+                   device, dtype)
+        text = fill(TextEncoder, TextConfig(**config["text"]), weights["text_encoder"],
+                    f"{source}, text", device, dtype)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
-        schedule = Schedule(config["prediction"]).to(device)
-        return cls(unet, vae, text, tokenizer, schedule, config["image_size"],
-                   config.get("latent_mean", (0.0,) * 4)).eval()
+        return cls(unet, vae, text, tokenizer, config).to(device).eval()
 
     def save_pretrained(self, path):
-        """config.json, tokenizer/ and model.safetensors with the keys and shapes of the released
-        MVDream. What its strict loading wants and nothing reads, the text tower's last block and
-        CLIP's projection, is written as zeros; the schedule's twelve tables as they are."""
-        tensors = {PREFIXES[part] + key: tensor.detach().contiguous() for part in PREFIXES
-                   for key, tensor in getattr(self, part).state_dict().items()}
-        text, prefix = self.text_encoder.config, PREFIXES["text_encoder"]
-        block = f"{prefix}transformer.resblocks."
-        tensors |= {f"{block}{text.layers}.{key}": torch.zeros_like(tensor)
-                    for key, tensor in take(tensors, f"{block}0.").items()}
-        zeros = tensors[f"{prefix}ln_final.weight"].new_zeros(text.width, text.width)
-        tensors |= {f"{prefix}text_projection": zeros, f"{prefix}logit_scale": zeros[0, 0].clone()}
-        tensors |= schedule_tables(self.schedule.alphas_cumprod)
+        """config.json, tokenizer/ and a model.safetensors that the released MVDream loads."""
         config = {"unet": asdict(self.unet.config), "vae": asdict(self.vae.config),
-                  "text": asdict(text), "image_size": self.image_size,
+                  "text": asdict(self.text_encoder.config), "image_size": self.image_size,
                   "latent_mean": self.latent_mean.tolist(), "prediction": self.schedule.prediction}
+        tensors = {PREFIXES[part] + key: tensor.contiguous() for part in PREFIXES
+                   for key, tensor in getattr(self, part).state_dict().items()}
+        tensors |= never_read(tensors, config["text"]["layers"], self.schedule.alphas_cumprod)
         write_vocabulary(Path(path) / "tokenizer", self.tokenizer.vocab, self.tokenizer.merges)
         write(Path(path) / "config.json", json.dumps(config, indent=1))
         write(Path(path) / "model.safetensors", tensors)
@@ -388,22 +355,15 @@ class MVDream(nn.Module):
         return self.vae.decode(latents / self.vae.config.scale_factor).float()
 
     def predict_noise(self, x_t, t, context, c2w=None, num_views=1):
-        """x_t (N, 4, h, w), t a number or (N,), context (N, 77, C) or unet.project_context's,
+        """x_t (N, 4, h, w), t one number or (N,), context (N, 77, C) or unet.project_context's,
         c2w (N, 4, 4) or None -> noise (N, 4, h, w) float32, whatever the network predicts"""
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t)).contiguous()
         camera = None if c2w is None else camera_condition(c2w)
         output = self.unet(x_t, t, context, camera, num_views).float()
         return self.schedule.noise_of(output, x_t, t)
 
     @torch.no_grad()
-    def sample(self, prompts, cameras=None, *, decode=True, **options):
-        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents with decode=False; options below"""
-        for x in self.sample_steps(prompts, cameras, **options):
-            pass
-        return self.decode_latents(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if decode else x
-
-    @torch.no_grad()
-    def sample_steps(
+    def sample(
             self, prompts,
             cameras=None,           # (V, 4, 4) or (B, V, 4, 4); None = 2D mode, V = 1
             *, negative_prompt="",  # what to keep away from, the same for all
@@ -413,44 +373,41 @@ class MVDream(nn.Module):
             size=None,              # of the pictures, in pixels; None = the model's own
             seed=0,                 # prompt b starts from the noise of seed + b in any batch
             latents=None,           # (B, V, 4, h, w): noise to start from instead
-            eta=0.0,                # DDIM's fresh noise: 0 = none, 1 = as much as DDPM
-            sampler="ddim"):        # or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
-        """Yields the latents (B, V, 4, h, w) after each step."""
+            sampler="ddim",         # or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
+            decode=True):
+        """-> pictures (B, V, 3, H, W) in [-1, 1], or latents (B, V, 4, h, w) with decode=False"""
         B, V, device = len(prompts), 1 if cameras is None else cameras.shape[-3], self.device
         size, f = size or self.image_size, self.image_size // self.latent_size
         cell = f * 2 ** (len(self.unet.config.channel_mult) - 1)
-        if not 1 <= steps <= 999 or size % cell or sampler not in ("ddim", "dpm"):
+        solver = {"ddim": ddim, "dpm": dpm_solver}.get(sampler)
+        if not 1 <= steps <= 999 or size % cell or not solver:
             raise ValueError(f"steps {steps}, size {size}, sampler {sampler}: wanted are 1 to 999, "
                              f"a multiple of {cell}, ddim or dpm")
-        shape = (V, self.vae.config.z_channels, size // f, size // f)
-        generators = [torch.Generator().manual_seed(seed + b) for b in range(B)]
+        if latents is None:                         # from the CPU: the same on every device
+            shape = (V, self.vae.config.z_channels, size // f, size // f)
+            latents = torch.stack([torch.randn(
+                shape, generator=torch.Generator().manual_seed(seed + b)) for b in range(B)])
 
-        def randn():                                # on the CPU: the same on every device
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-        halves = 1 if guidance_scale == 1 else 2    # with the negative prompt, with the prompt
-        context = self.encode_text([negative_prompt] * (B * (halves - 1)) + list(prompts))
+        halves = 1 if guidance_scale == 1 else 2    # first the text's, then the negative's, as SDS
+        context = self.encode_text(list(prompts) + [negative_prompt] * (B * (halves - 1)))
         context = self.unet.project_context(context.repeat_interleave(V, dim=0))
         c2w = None if cameras is None else (
             cameras.to(device).expand(halves, B, V, 4, 4).reshape(-1, 4, 4))
 
         def denoise(x, t):
-            x_t = x.flatten(0, 1)
-            t = torch.full((halves * B * V,), t, device=device)
-            noise = self.predict_noise(x_t.repeat(halves, 1, 1, 1), t, context, c2w, V)
-            noise, noise_text = noise[:B * V], noise[-B * V:]
-            guided = noise + guidance_scale * (noise_text - noise) if halves == 2 else noise
-            x0 = self.schedule.predict_x0(x_t, t[:1], guided).unflatten(0, (B, V))
-            if rescale == 0:
-                return x0
-            x0_text = self.schedule.predict_x0(x_t, t[:1], noise_text).view(B, -1)
-            ratio = x0_text.std(1) / x0.flatten(1).std(1)       # the spreads of whole sets of views
-            return x0 * (rescale * ratio + 1 - rescale).view(B, 1, 1, 1, 1)
+            x_t, t = x.flatten(0, 1), torch.full((1,), t, device=device)
+            both = self.predict_noise(x_t.repeat(halves, 1, 1, 1), t, context, c2w, V)
+            noise_text, noise_uncond = both[:B * V], both[-B * V:]
+            guided = noise_uncond + guidance_scale * (noise_text - noise_uncond)
+            x0 = self.schedule.predict_x0(x_t, t, guided).view_as(x)
+            x0_text = self.schedule.predict_x0(x_t, t, noise_text).view_as(x)
+            r = (x0_text.flatten(1).std(1) / x0.flatten(1).std(1)).view(B, 1, 1, 1, 1)
+            return rescale * r * x0 + (1 - rescale) * x0 if rescale else x0     # one r a set
 
-        noise = randn() if latents is None else latents.to(device, torch.float32)
+        noise = latents.to(device, torch.float32)
         mean = self.latent_mean.to(noise)[:, None, None]
-        start = denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps
-        yield from dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
+        x0 = solver(denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps)
+        return self.decode_latents(x0.flatten(0, 1)).unflatten(0, (B, V)) if decode else x0
 
     def accelerate(self, compile=None):
         """In place, for inference: half precision where it is fast, channels last and, on a GPU,
@@ -478,7 +435,7 @@ class MVDream(nn.Module):
 
 class Graphs:
     """A function that from the second call on is replayed as a CUDA graph, forward and backward,
-    one for each set of shapes that its arguments come in. A result holds until the next call."""
+    one for each set of shapes of its arguments, tensors first. A result holds to the next call."""
 
     def __init__(self, function):
         self.function, self.recorded = function, {}
@@ -491,10 +448,9 @@ class Graphs:
             self.recorded[key] = None
             return self.function(*args)
         if self.recorded[key] is None:
-            def function(*inputs):
-                rest = iter(inputs)
-                return self.function(*(next(rest) if torch.is_tensor(x) else x for x in args))
+            others = args[len(tensors):]
             inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
             warnings.filterwarnings("ignore", "The AccumulateGrad")     # recorded on another stream
-            self.recorded[key] = torch.cuda.make_graphed_callables(function, inputs, 1)
+            self.recorded[key] = torch.cuda.make_graphed_callables(
+                lambda *tensors: self.function(*tensors, *others), inputs, 1)
         return self.recorded[key](*tensors)

@@ -39,9 +39,9 @@ def guide(noise_text, noise_uncond, scale):
 def x0_target(schedule, x_t, t, noise_text, noise_uncond, scale, rescale, num_views, threshold=0.0):
     """The x0_hat to distil toward: guided; then, where not 0, thresholded; then CFG-rescaled."""
     x0 = schedule.predict_x0(x_t, t, guide(noise_text, noise_uncond, scale))
-    x0_text = schedule.predict_x0(x_t, t, noise_text) if rescale or threshold else None
+    x0_text = schedule.predict_x0(x_t, t, noise_text)
     if threshold:
-        x0 = dynamic_threshold(x0, threshold, num_views, x0_text)
+        x0 = dynamic_threshold(x0, x0_text, threshold, num_views)
     return rescale_contrast(x0, x0_text, rescale, num_views) if rescale else x0
 
 
@@ -51,59 +51,51 @@ def rescale_contrast(x0, x0_text, phi, num_views):
     One r for a whole set, or the views would drift apart in brightness: the deviation runs over
     [V, C, h, w]. As released it is that of x0, where Lin et al. rescale the network's output.
     """
-    def std(x):
-        return x.unflatten(0, (-1, num_views)).flatten(1).std(dim=1) + 1e-8               # (S,)
-    r = per_view(std(x0_text) / std(x0), num_views)
-    return phi * r * x0 + (1 - phi) * x0
+    guided, text = by_set(x0, num_views), by_set(x0_text, num_views)
+    r = (text.std(1, keepdim=True) + 1e-8) / (guided.std(1, keepdim=True) + 1e-8)       # (S, 1)
+    return (phi * r * guided + (1 - phi) * guided).view_as(x0)
 
 
-def dynamic_threshold(x0, q, num_views, like=None):
+def dynamic_threshold(x0, x0_text, q, num_views):
     """Imagen's: with s the q-quantile of |x0| in a set, clip(x0, -s, s) l / s, where s exceeds l.
 
-    For pixels l is 1. Latents have no bound: l is the same quantile of `like`, the unguided x0.
+    For pixels l is 1. Latents have no bound: l is the same quantile of the unguided x0_text.
     """
-    def quantile(x):
-        return x.abs().unflatten(0, (-1, num_views)).flatten(1).quantile(q, dim=1)        # (S,)
-    s = quantile(x0)
-    limit = torch.ones_like(s) if like is None else quantile(like)
-    s, limit = per_view(s.maximum(limit), num_views), per_view(limit, num_views)
-    return x0.clamp(-s, s) * limit / s
+    guided = by_set(x0, num_views)
+    limit = by_set(x0_text, num_views).abs().quantile(q, dim=1, keepdim=True)             # (S, 1)
+    s = guided.abs().quantile(q, dim=1, keepdim=True).maximum(limit)
+    return (guided.clamp(-s, s) * limit / s).view_as(x0)
 
 
-def per_view(values, num_views):
-    """(S,) -> (N, 1, 1, 1)"""
-    return values.repeat_interleave(num_views).view(-1, 1, 1, 1)
+def by_set(x, num_views):
+    """(N, C, h, w) -> (S, V C h w): a row holds all numbers of a set."""
+    return x.reshape(len(x) // num_views, -1)
 
 
-# ---- The losses: half the squared distance to a fixed point, so that x minus that point is the
-#      gradient the papers give. Summed over a view's latents, averaged over the N views.
-#      All follow from  x - x0_hat = (sigma / alpha) (noise_hat - noise).
+# ---- The losses: weight |x - sg(x0_hat)|^2 / 2, summed over a view's latents, averaged over the N
+#      views. The gradient that the papers give is w(t) (noise_hat - noise), and as
+#      x - x0_hat = (sigma / alpha) (noise_hat - noise), the weight is w(t) alpha / sigma.
 
 
-def x0_loss(x, x0_hat):
+def x0_loss(x, x0_hat, weight=1.0):
     """x0-reconstruction: |x - sg(x0_hat)|^2 / 2, which is SDS with w(t) = sigma / alpha.
 
     The paper has no 1/2 and speaks of pictures; the released code, as here, compares latents.
     """
-    return 0.5 * (x - x0_hat.detach()).square().sum() / len(x)
+    return 0.5 * (weight * (x - x0_hat.detach()).square()).sum() / len(x)
 
 
-def sds_loss(schedule, x, t, noise_hat, noise):
-    """DreamFusion's: the gradient is w(t) (noise_hat - noise), w(t) = 1 - abar_t."""
-    return x0_loss(x, x.detach() - (1 - abar(schedule, t, x)) * (noise_hat - noise))
+def sds_loss(schedule, x, t, x0_hat):
+    """DreamFusion's, w(t) = 1 - abar_t = sigma^2."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return x0_loss(x, x0_hat, alpha * sigma)
 
 
 def sjc_loss(schedule, x, t, x0_hat):
-    """Score Jacobian chaining: (x - x0_hat) / s^2 is minus the score at noise s = sigma / alpha.
-
-    Weighted by s, and with x in place of x + s noise (less variance): SDS with w(t) = 1.
-    """
-    s = (1 / abar(schedule, t, x) - 1).sqrt()
-    return x0_loss(x, x.detach() - (x.detach() - x0_hat) / s)
-
-
-def abar(schedule, t, like):
-    return schedule.alphas_cumprod.to(like)[t].view(-1, 1, 1, 1)
+    """Score Jacobian chaining, w(t) = 1: the score (x0_hat - x) / s^2 at noise s = sigma / alpha,
+    weighted by s; with x in place of x + s noise (less variance)."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return x0_loss(x, x0_hat, alpha / sigma)
 
 
 # ---- The settings of a run -----------------------------------------------------------------------
@@ -232,12 +224,10 @@ def draw_scene(s, step, device, fixed=None):
     num_views, size = s.batch[phase(s, step)], s.size[phase(s, step)]
     num_sets = num_views // s.views
     c2w, fov = data.random_view_cameras(num_sets, s.views, None, s.fov, s.distance, s.elevation)
-    shading, ambient = ("albedo", 0.0) if fixed else draw_shading(s, step)
-    background, light = draw_background(s, num_sets), None
+    (shading, ambient), background = draw_shading(s, step), draw_background(s, num_sets)
     if fixed:
-        c2w, fov, background = fixed
-    if s.shading:
-        light = draw_lights(c2w[:, :3, 3], s.views)[:, None, None]
+        shading, (c2w, fov, background) = "albedo", fixed
+    light = draw_lights(c2w[:, :3, 3], s.views)[:, None, None] if s.shading else None
     c2w, fov, background, light = (
         v if v is None else v.to(device, non_blocking=True) for v in (c2w, fov, background, light))
     origins, directions = data.camera_rays(c2w, fov, size, size)                  # (N, H, W, 3)
@@ -266,23 +256,21 @@ def distil(model, s, step, pictures, context, c2w):
         images = F.interpolate(images, (model.image_size,) * 2, mode="bilinear")
     x = model.encode_images(images, sample=True)
     low, high = timestep_range(s, step)
-    t = torch.randint(low, high + 1, (1,)).to(x.device, non_blocking=True).expand(len(x))
-    num_views, c2w = (s.views, c2w) if s.multiview else (1, None)
+    # One t for all views of all sets of the step, as released; in training each set has its own.
+    t = torch.randint(low, high + 1, (1,)).to(x.device, non_blocking=True)
 
     with torch.no_grad():
         noise = torch.randn_like(x)
         x_t = model.schedule.add_noise(x, t, noise)
         halves = 1 if s.guidance == 1 else 2            # first the text's, then the negative's
-        both = model.predict_noise(x_t.repeat(halves, 1, 1, 1), t.repeat(halves), context,
-                                   c2w if c2w is None else c2w.repeat(halves, 1, 1), num_views)
-        x0_hat = x0_target(model.schedule, x_t, t, both[:len(x)], both[-len(x):], s.guidance,
-                           s.rescale, num_views, s.threshold)
+        num_views, c2w = (s.views, c2w.repeat(halves, 1, 1)) if s.multiview else (1, None)
+        both = model.predict_noise(x_t.repeat(halves, 1, 1, 1), t, context, c2w, num_views)
+        noise_text, noise_uncond = both[:len(x)], both[-len(x):]
+        x0_hat = x0_target(model.schedule, x_t, t, noise_text, noise_uncond, s.guidance, s.rescale,
+                           num_views, s.threshold)
     if s.loss == "x0":
         return x0_loss(x, x0_hat)
-    if s.loss == "sjc":
-        return sjc_loss(model.schedule, x, t, x0_hat)
-    a = abar(model.schedule, t, x)
-    return sds_loss(model.schedule, x, t, (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt(), noise)
+    return (sds_loss if s.loss == "sds" else sjc_loss)(model.schedule, x, t, x0_hat)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -295,10 +283,6 @@ class Progress(NamedTuple):
     opacity: torch.Tensor               # mean over the pictures
     nerf: NeRF
     optimizer: torch.optim.Optimizer
-
-    @property
-    def occupancy(self):                # the part of the box that is not empty
-        return self.nerf.occupied().float().mean()
 
     def save(self, path):
         """All that the rest of the run depends on."""
@@ -360,7 +344,7 @@ def dream_steps(model, prompt, settings=FULL, seed=0, state=None, views=None):
     optimizer = torch.optim.AdamW(nerf.parameter_groups(s.lr_grid, s.lr_mlp), betas=(0.9, 0.99),
                                   eps=1e-15, fused=True)
     first = load_state(state, nerf, optimizer) if state else 0
-    contexts = {n: text_context(model, s, prompt, n) for n in set(s.batch)} if not views else {}
+    contexts = {n: text_context(model, s, prompt, n) for n in set(s.batch)}
     fixed = fixed_cameras(*views) if views else None
 
     for step in range(first, s.steps):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layouts import PREFIXES, fill, read_model, take
+from layouts import fill, read_model
 
 
 @dataclass
@@ -242,15 +242,14 @@ class UNet(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From any of the four weight layouts; frozen, for inference."""
-        return cls.fill(*read_model(path, ["unet"]), device, dtype)
+        return cls.fill(*read_model(path), device, dtype)
 
     @classmethod
-    def fill(cls, source, config, tensors, device, dtype):
-        config, tensors = UNetConfig(**config["unet"]), take(tensors, PREFIXES["unet"])
-        if config.camera == "time" and "camera_embed.0.weight" not in tensors:  # a 2D checkpoint
-            new = camera_mlp(config).state_dict()
-            tensors.update({f"camera_embed.{key}": tensor for key, tensor in new.items()})
-        return fill(cls, config, tensors, f"{source}, unet", device, dtype)
+    def fill(cls, source, config, weights, device, dtype):
+        config, weights = UNetConfig(**config["unet"]), weights["unet"]
+        if config.camera == "time" and "camera_embed.0.weight" not in weights:  # a 2D checkpoint
+            weights |= camera_mlp(config).state_dict(prefix="camera_embed.")
+        return fill(cls, config, weights, f"{source}, unet", device, dtype)
 
     def project_context(self, context):
         """The text's keys and values in every layer, side by side: they do not change from step to

@@ -122,18 +122,11 @@ def save_sheet(path, pictures):
 # ---- Speed at full size --------------------------------------------------------------------------
 
 
-def full_size_model(device, compile):
-    """Random weights of the real shapes; they serve for timing."""
-    tokenizer = train_tokenizer(["an object, 3d asset"], tempfile.mkdtemp())
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = MVDream.from_config({}, tokenizer)
-    return model.to(device).accelerate(compile)
-
-
 def speed(device, steps, sync, compile):
-    """The object stays the initial blob: the learning rates are 0."""
-    model = full_size_model(device, compile)
+    """Random weights; the object stays the initial blob: the learning rates are 0."""
+    from benchmark_model import build
+    tokenizer = train_tokenizer(["an object, 3d asset"], tempfile.mkdtemp())
+    model = build({}, tokenizer, device).accelerate(compile)
     for name in ("full", "full-shaded"):
         total = 0
         for phase in (0, 1):

@@ -152,7 +152,7 @@ def test_the_same_command_goes_on(command, tmp_path, monkeypatch, how, at):
             assert status == 130 and "goes on" in errors[0]
     folder = tmp_path / "out" / "a-duck"
     assert "state.pt" in files(folder) and "mesh.glb" not in files(folder)
-    assert ("nerf.safetensors" in files(folder)) == (at == 6 and how is ctrl_c)
+    assert "nerf.safetensors" not in files(folder)
     assert command("a duck", "--steps", 6)[0] == 0
     assert files(folder) == MADE
     for name in MADE:
@@ -185,6 +185,15 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files(tmp_path) == ["nerf.safetensors"]
     assert (tmp_path / "nerf.safetensors").read_text() == "before"
+
+
+def test_ctrl_c_in_mid_write_leaves_no_half_file(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "PERIOD", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sds.Progress, "save", lambda now, path: (path.write_bytes(b"half"), ctrl_c()))
+        assert command("a duck", "--steps", 3)[0] == 130
+    assert files(tmp_path / "out" / "a-duck") == ["settings.json", "views.png"]
+    assert command("a duck", "--steps", 3)[0] == 0
 
 
 def test_many_prompts_and_one_that_dies(command, tmp_path, monkeypatch):
@@ -245,6 +254,11 @@ def test_mistakes_are_found_before_pytorch_is_imported():
             "except SystemExit as e: print(e.code, 'torch' in sys.modules)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.split() == ["2", "False"] and out.stderr.count("\n") == 1
+
+
+def test_every_preset_has_its_flag(tmp_path):
+    for name in sds.PRESETS:
+        assert generate.parse(["a", "--preset", name, "--out", str(tmp_path)]).preset == name
 
 
 def test_values_by_name():

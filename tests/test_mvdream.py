@@ -135,8 +135,7 @@ ABAR = Schedule().alphas_cumprod.tolist()
 
 def test_samplers_with_a_perfect_network():
     x0, x, seen = torch.tensor([2.]), torch.tensor([5.]), []
-    for x in ddim(lambda x, t: seen.append(t) or x0, x, 0.0, ABAR, steps=50):
-        pass
+    x = ddim(lambda x, t: seen.append(t) or x0, x, 0.0, ABAR, steps=50)
     assert seen == list(range(981, 0, -20))             # 981, 961, ..., 1
     last_noise = (x - ABAR[0] ** 0.5 * x0) / (1 - ABAR[0]) ** 0.5
     first_noise = (5 - ABAR[981] ** 0.5 * x0) / (1 - ABAR[981]) ** 0.5
@@ -150,9 +149,9 @@ def test_samplers_start_where_the_data_is(solver):
         gain = ABAR[t] ** 0.5 * 0.25 / (ABAR[t] * 0.25 + 1 - ABAR[t])
         return 3 + gain * (x - ABAR[t] ** 0.5 * 3)
 
-    *_, end = solver(denoise, torch.zeros(1), torch.tensor(3.0), ABAR, 50)
+    end = solver(denoise, torch.zeros(1), torch.tensor(3.0), ABAR, 50)
     assert end.item() == pytest.approx(3, abs=0.01)
-    *_, end = solver(denoise, torch.zeros(1), torch.tensor(0.0), ABAR, 50)
+    end = solver(denoise, torch.zeros(1), torch.tensor(0.0), ABAR, 50)
     assert end.item() < 2.95                            # what starting at 0 does to it
 
 
@@ -165,7 +164,7 @@ def test_dpm_solver_is_of_second_order():
             times.append(t)
             return ABAR[t] ** 0.5 * s ** 2 / (ABAR[t] * s ** 2 + 1 - ABAR[t]) * x
 
-        *_, end = solver(denoise, torch.tensor([1.], dtype=torch.float64), 0.0, ABAR, steps)
+        end = solver(denoise, torch.tensor([1.], dtype=torch.float64), 0.0, ABAR, steps)
         std = [(ABAR[t] * s ** 2 + 1 - ABAR[t]) ** 0.5 for t in (0, times[0])]
         return abs(end / (std[0] / std[1]) - 1).item()
 
@@ -196,32 +195,22 @@ def test_samplers_against_diffusers(steps):
 
     scheduler = diffusers.DDIMScheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False,
                                         **common)
-    *_, end = ddim(denoise, start, 0.0, ABAR, steps)
+    end = ddim(denoise, start, 0.0, ABAR, steps)
     assert difference(end, theirs(scheduler, num_inference_steps=steps)) < 1e-4
 
     times = []
-    *_, end = dpm_solver(lambda x, t: times.append(t) or denoise(x, t), start, 0.0, ABAR,
+    end = dpm_solver(lambda x, t: times.append(t) or denoise(x, t), start, 0.0, ABAR,
                          steps)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         final_sigmas_type="sigma_min", lower_order_final=False, **common)
     assert difference(end, theirs(scheduler, timesteps=times)) < 1e-4
 
 
-def test_ddim_with_eta_keeps_the_spread():
-    """Fresh noise for old: with data N(0, 1) every x_t is N(0, 1), whatever eta."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(20000, generator=g)
-    for x in ddim(lambda x, t: ABAR[t] ** 0.5 * x, x, 0.0, ABAR, 50, 1.0,
-                  lambda: torch.randn(20000, generator=g)):
-        pass
-    assert abs(x.std() - 1) < 0.06
-
-
 # ---- Sampling -----------------------------------------------------------------------------------
 
 def test_a_seed_gives_the_same_picture_in_any_batch(model):
     prompts = ["a red robot", "a blue car", "a hat"]
-    options = dict(cameras=cameras(4), steps=3, eta=0.5)
+    options = dict(cameras=cameras(4), steps=3)
     together = model.sample(prompts, seed=5, **options)
     assert together.shape == (3, 4, 3, 32, 32)
     for b, prompt in enumerate(prompts):
@@ -244,7 +233,7 @@ def test_sampling_is_the_sampler_around_guided_noise(model, sampler):
         guided = e_other + 3 * (e_text - e_other)
         return model.schedule.predict_x0(x[0], torch.tensor([t]), guided)[None]
 
-    *_, expected = {"ddim": ddim, "dpm": dpm_solver}[sampler](denoise, x, 0.0, ABAR, 4)
+    expected = {"ddim": ddim, "dpm": dpm_solver}[sampler](denoise, x, 0.0, ABAR, 4)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     decoded = model.sample([prompt], c2w, negative_prompt=negative, steps=4, guidance_scale=3.0,
                            latents=x, sampler=sampler)
@@ -263,10 +252,9 @@ def test_modes_and_options_of_sampling(model):
     plain = model.sample(["a hat"], cameras(2), guidance_scale=1, **options)
     same = model.sample(["a hat"], cameras(2), guidance_scale=5, negative_prompt="a hat", **options)
     torch.testing.assert_close(plain, same, rtol=1e-3, atol=1e-4)
-    for wrong in (dict(steps=0), dict(size=31)):
-        with pytest.raises(ValueError, match="steps|size"):
+    for wrong in (dict(steps=0), dict(size=31), dict(sampler="euler")):
+        with pytest.raises(ValueError, match="steps|size|sampler"):
             model.sample(["a hat"], **wrong)
-    assert len(list(model.sample_steps(["a hat"], steps=5))) == 5
 
 
 def test_rescale_brings_the_spread_back(model):
@@ -538,7 +526,6 @@ def test_incomplete_models(layouts, tmp_path):
     shutil.copytree(layouts[0], tmp_path / "hf")
     shutil.rmtree(tmp_path / "hf" / "vae")
     refused(tmp_path / "hf", "hf", "vae/", error=FileNotFoundError)
-    unet.UNet.load(tmp_path / "hf")
     shutil.copytree(layouts[3], tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours" / "tokenizer")
     refused(tmp_path / "ours", "vocab.json", "merges.txt", str(tmp_path / "ours" / "tokenizer"))

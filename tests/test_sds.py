@@ -16,13 +16,17 @@ class Schedule:
     """Two noise levels with short roots: t = 0 is alpha .8, sigma .6; t = 1 is the reverse."""
     alphas_cumprod = torch.tensor([0.64, 0.36], dtype=torch.float64)
 
+    def alpha_sigma(self, t):
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return a.sqrt(), (1 - a).sqrt()
+
     def predict_x0(self, x_t, t, noise):
-        a = self.alphas_cumprod.to(x_t)[t].view(-1, 1, 1, 1)
-        return (x_t - (1 - a).sqrt() * noise) / a.sqrt()
+        alpha, sigma = self.alpha_sigma(t)
+        return (x_t - sigma * noise) / alpha
 
     def add_noise(self, x0, t, noise):
-        a = self.alphas_cumprod.to(x0)[t].view(-1, 1, 1, 1)
-        return a.sqrt() * x0 + (1 - a).sqrt() * noise
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x0 + sigma * noise
 
 
 def column(*values):
@@ -72,10 +76,11 @@ def test_rescale_is_one_factor_a_set():
 
 
 def test_threshold_by_hand():
-    # Imagen on pixels: |x0| = 0 1 2 3 4, median 2: clip to +-2, divide by 2.
+    # Imagen on pixels, limit 1: |x0| = 0 1 2 3 4, median 2: clip to +-2, divide by 2.
     x0 = torch.tensor([0.0, -1, 2, 3, -4]).view(1, 1, 1, 5)
-    assert sds.dynamic_threshold(x0, 0.5, 1).flatten().tolist() == [0, -0.5, 1, 1, -1]
-    assert torch.equal(sds.dynamic_threshold(x0 / 8, 0.5, 1), x0 / 8)   # within the limit
+    ones = torch.ones_like(x0)
+    assert sds.dynamic_threshold(x0, ones, 0.5, 1).flatten().tolist() == [0, -0.5, 1, 1, -1]
+    assert torch.equal(sds.dynamic_threshold(x0 / 8, ones, 0.5, 1), x0 / 8)     # within the limit
 
 
 def test_thresholded_target_ends_where_the_unguided_one_does():
@@ -107,18 +112,15 @@ def test_x0_is_sds_with_weight_sigma_over_alpha():
     assert torch.allclose(gradient_of(sds.x0_loss(x, x0), x), expected, rtol=0, atol=1e-6)
 
 
-def test_sds_loss_has_weight_one_minus_abar():
-    x, t, noise, a, b, _ = random_step()
-    x.requires_grad_()
-    loss = sds.sds_loss(Schedule(), x, t, a, noise)
-    assert torch.allclose(gradient_of(loss, x), 0.64 * (a - noise) / 4, rtol=0, atol=1e-9)
-
-
-def test_sjc_is_sds_with_weight_one():
+@pytest.mark.parametrize("loss, weight", [(sds.sds_loss, 0.64), (sds.sjc_loss, 1.0)])
+def test_sds_and_sjc_by_their_weights(loss, weight):
+    """The gradient is w(t) (noise_hat - noise): 1 - abar_t for SDS, 1 for SJC."""
     x, t, noise, a, b, x_t = random_step()
     x.requires_grad_()
-    loss = sds.sjc_loss(Schedule(), x, t, Schedule().predict_x0(x_t, t, a))
-    assert torch.allclose(gradient_of(loss, x), (a - noise) / 4, rtol=0, atol=1e-9)
+    x0_hat = Schedule().predict_x0(x_t, t, a)
+    expected = weight * (a - noise) / 4
+    assert torch.allclose(gradient_of(loss(Schedule(), x, t, x0_hat), x), expected, rtol=0,
+                          atol=1e-9)
 
 
 # ---- Schedules and draws
@@ -206,8 +208,8 @@ class Picture(torch.nn.Module):
 
     def predict_noise(self, x_t, t, context, c2w=None, num_views=1):
         self.seen.append((len(x_t), len(context), None if c2w is None else len(c2w), num_views))
-        a = self.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (x_t - a.sqrt() * self.square) / (1 - a).sqrt()
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (x_t - alpha * self.square) / sigma
 
 
 class LongSchedule(Schedule):
