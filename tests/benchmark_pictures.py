@@ -65,10 +65,10 @@ def janus(model, path):
     page(path, rows)
 
 
-def annealing(model, path, columns=8):
-    s, cells = replace(sds.PRESETS["tiny-cpu"], t_min=(980, 20), t_max=(980, 500)), []
+def annealing(model, path, when=(10, 25, 50, 75, 120, 180, 240, 300)):
+    s, cells = sds.PRESETS["tiny-cpu"], []
     for now in sds.dream_steps(model, PROMPT, s):
-        if now.step * columns % s.steps == 0:
+        if now.step in when:
             low, high = sds.timestep_range(s, now.step)
             caption = f"{now.step}: t {low} to {high}"
             cells.append((caption, object_views(now.nerf.eval(), num_views=8)[1]))
