@@ -275,7 +275,7 @@ class ToyPool:
                     if mode == "3d":
                         images, c2w, captions = data.toy_views(n, VIEWS, size, g, device)
                     else:
-                        (images, captions), c2w = data.toy_pictures(n, size, g, device), None
+                        images, c2w, captions = data.toy_pictures(n, size, g, device)
                     images = to_bytes(images).unflatten(0, (n, views))
                     parts.append((images, model.tokenize(captions),
                                   c2w if c2w is None else c2w.unflatten(0, (n, views))))
