@@ -469,8 +469,8 @@ def main(argv=None):
     source = (ToyPool(model, args) if args.kind == "toy" else
               Photos(model, args) if args.kind == "photos" else
               Folders(model, args, functools.partial(plan, args)))
-    if args.rank == 0 and args.kind != "toy":
-        print(source)
+    if args.rank == 0 and source.kinds:
+        print(*source.kinds.values(), sep="\n")
     train(model, source, args)
     if source.broken:
         print(f"{len(source.broken)} left out while training, such as: {min(source.broken)}")

@@ -268,7 +268,7 @@ def make_base(options):
         pool = train.ToyPool(model.to(args.device), args)
         train.train(model, pool, args)
     model.save_pretrained(args.out)
-    torch.save({k: getattr(pool, k) for k in ("latents", "cameras", "tokens")}, args.out / "pool.pt")
+    torch.save({k: getattr(pool, k) for k in ("latents", "cameras", "y")}, args.out / "pool.pt")
     print(f"base: {time.time() - start:.0f} s", flush=True)
 
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+import sources
 import train
 from mvdream import MVDream, Schedule, train_tokenizer
 from test_sources import write_object, write_picture
@@ -258,6 +260,19 @@ def test_parts_and_recomputing_change_nothing(world, tmp_path):
     tune(world, tmp_path / "parts", "--micro", "4", "--recompute")
     whole, parts = (last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert (whole - parts).norm() < 0.02 * (whole - start).norm()    # Adam's first steps are signs
+
+
+def test_the_number_of_views_is_one_constant(world, tmp_path, monkeypatch):
+    for module in sources, train:
+        monkeypatch.setattr(module, "VIEWS", 2)
+    asked, loss = set(), train.diffusion_loss
+    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: asked.add(inputs[-1]) or loss(*inputs))
+    tune(world, tmp_path / "folders", "--batch", "6")                # no multiple of four
+    train.main(["--model", str(world / "model"), "--steps", "12", "--batch", "6", "--sets", "3",
+                "--device", "cpu", "--out", str(tmp_path / "toy")])
+    assert asked == {1, 2}
+    with Image.open(tmp_path / "toy" / "samples.png") as sheet:
+        assert sheet.size == (2 * 16, 6 * 16)                        # the views of six prompts
 
 
 def torchrun(ranks, command):
