@@ -348,7 +348,10 @@ def test_a_model_goes_on_in_the_toy_world_with_another_attention(world, tmp_path
     assert moved and not any("attn1" in k for k in moved)            # the 2D attention is frozen
     assert all(block.attn3.to_out[0].weight.abs().max() > 0 for block in new.modules()
                if isinstance(block, train.TransformerBlock))
-    assert go_on(tmp_path / "new", "more").config.attention == "new3d"       # the model's own
+    more, new = go_on(tmp_path / "new", "more"), new.state_dict()            # the model's own
+    moved = {k for k, v in more.state_dict().items() if not torch.equal(v, new[k])}
+    assert more.config.attention == "new3d" and any("attn3" in k for k in moved)
+    assert not any("attn1" in k for k in moved)
 
 
 def test_shares_of_a_step():
