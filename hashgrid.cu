@@ -85,11 +85,10 @@ HD float before(float) { return 0; }
 
 static float* out(In x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
 static const float* in(In x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
-static Tensor aligned(In x) {                           // for reads of 16 bytes
-  const Tensor y = x.contiguous();
-  return (uintptr_t)y.const_data_ptr() % 16 ? y.clone() : y;
+static Tensor plain(In x) {
+  const Tensor y = x.to(at::kFloat).contiguous();
+  return (uintptr_t)y.const_data_ptr() % 16 ? y.clone() : y;           // for reads of 16 bytes
 }
-static Tensor plain(In x) { return aligned(x.to(at::kFloat)); }
 static Tensor plain(MaybeIn x) { return x ? plain(*x) : Tensor(); }
 
 // ---- Geometry of the grid ----
@@ -148,14 +147,14 @@ struct Cell {
 };
 
 constexpr bool PAIRS = LANES > 1;                // the CPU's cache lines pair them anyway
-template <class S> struct alignas(2 * sizeof(S)) Row { S x, y; };
-template <class S> struct alignas(4 * sizeof(S)) Pair { Row<S> low, high; };
+struct alignas(8) Row { float x, y; };
+struct alignas(16) Pair { Row low, high; };
 
 // Corners c and c + 1, neighbours along x: a wide read serves both where they share a pair.
-template <class S> HD void read(const Row<S>* level, const Cell& cell, int c, Row<S>* to) {
+HD void read(const Row* level, const Cell& cell, int c, Row* to) {
   const uint32_t i = cell.row[c], j = cell.row[c + 1];
   if (PAIRS) {
-    const Pair<S> pair = ((const Pair<S>*)level)[i >> 1];
+    const Pair pair = ((const Pair*)level)[i >> 1];
     to[0] = i & 1 ? pair.high : pair.low;
     to[1] = i & 1 ? pair.low : pair.high;
   }
@@ -177,9 +176,9 @@ template <int W> HD void add(float* to, const float* x) {      // atomically on 
 
 // ---- Encoding and its two transposes ----
 
-template <class S> struct Gather {               // encoded[n, l] = sum over corners of weight x row
+struct Gather {                                  // encoded[n, l] = sum over corners of weight x row
   Grid grid;
-  const Row<S>* table;
+  const Row* table;
   float* encoded;
 
   HD void operator()(int64_t n, int group) const {
@@ -189,17 +188,17 @@ template <class S> struct Gather {               // encoded[n, l] = sum over cor
       if (l >= grid.L) break;
       const Cell cell(grid, l, n);
       UNROLL for (int c = 0; c < 8; c += 2) {
-        Row<S> row[2];
+        Row row[2];
         read(table + (int64_t)l * grid.T, cell, c, row);
         UNROLL for (int k = 0; k < 2; k++) {
           const float w = cell.weight(c + k, grid.direction(n));
-          sum[2 * i] += w * (float)row[k].x, sum[2 * i + 1] += w * (float)row[k].y;
+          sum[2 * i] += w * row[k].x, sum[2 * i + 1] += w * row[k].y;
         }
       }
     }
-    Pair<float>* to = (Pair<float>*)(encoded + 2 * (n * grid.L + group * GROUP));
+    Pair* to = (Pair*)(encoded + 2 * (n * grid.L + group * GROUP));
     UNROLL for (int i = 0; i < GROUP / 2; i++) {
-      if (grid.L % GROUP == 0) to[i] = ((Pair<float>*)sum)[i];
+      if (grid.L % GROUP == 0) to[i] = ((Pair*)sum)[i];
       else for (int j = 4 * i; j < 4 * i + 4 && 2 * group * GROUP + j < 2 * grid.L; j++)
         ((float*)to)[j] = sum[j];
     }
@@ -207,8 +206,8 @@ template <class S> struct Gather {               // encoded[n, l] = sum over cor
 };
 
 struct Scatter {                                 // table[l, row] += weight x grad[n, l]
-  Grid grid;
-  const Row<float>* grad;
+  Grid grid;                                     //                 + weight along v x turned[n, l]
+  const Row *grad, *turned;               // null: none
   float* table;
   int64_t N, run;                                // points per item
 
@@ -231,16 +230,20 @@ struct Scatter {                                 // table[l, row] += weight x gr
     uint32_t row[8] = {};
     bool any = false;
     for (int64_t n = item * run; n < N && n < (item + 1) * run; n++) {
-      const Row<float> g = grad[n * grid.L + l];
-      if (g.x == 0 && g.y == 0) continue;        // hidden behind the surface: nothing to learn
+      Row g{}, h{};
+      if (grad) g = grad[n * grid.L + l];
+      if (turned) h = turned[n * grid.L + l];
+      const float* v = grid.direction(n);
+      if (v && v[0] == 0 && v[1] == 0 && v[2] == 0) h = {};
+      if (g.x == 0 && g.y == 0 && h.x == 0 && h.y == 0) continue;     // hidden: nothing to learn
       const Cell cell(grid, l, n);
       bool same = any;
       UNROLL for (int c = 0; c < 8; c++) same = same && row[c] == cell.row[c];
       if (any && !same) flush(level, row, sum);
       UNROLL for (int c = 0; c < 8; c++) {
-        const float w = cell.weight(c, grid.direction(n));
-        sum[c][0] = (same ? sum[c][0] : 0) + w * g.x;
-        sum[c][1] = (same ? sum[c][1] : 0) + w * g.y;
+        const float w = cell.weight(c, 0), w_v = v ? cell.weight(c, v) : 0;
+        sum[c][0] = (same ? sum[c][0] : 0) + w * g.x + w_v * h.x;
+        sum[c][1] = (same ? sum[c][1] : 0) + w * g.y + w_v * h.y;
         row[c] = cell.row[c];
       }
       any = true;
@@ -249,23 +252,23 @@ struct Scatter {                                 // table[l, row] += weight x gr
   }
 };
 
-template <class S> struct Pull {                 // pulled[n] = sum of weight' x (grad[n, l] . row)
+struct Pull {                                    // pulled[n] = sum of weight' x (grad[n, l] . row)
   Grid grid;
-  const Row<S>* table;
-  const Row<float>* grad;
+  const Row* table;
+  const Row* grad;
   float* pulled;
 
   HD void operator()(int64_t n, int group) const {
     const float* v = grid.direction(n);
     float sum[3] = {};
     for (int l = group * GROUP; l < grid.L && l < (group + 1) * GROUP; l++) {
-      const Row<float> g = grad[n * grid.L + l];
+      const Row g = grad[n * grid.L + l];
       const Cell cell(grid, l, n);
       UNROLL for (int c = 0; c < 8; c += 2) {
-        Row<S> row[2];
+        Row row[2];
         read(table + (int64_t)l * grid.T, cell, c, row);
         UNROLL for (int k = c; k < c + 2; k++) {
-          const float dot = g.x * (float)row[k - c].x + g.y * (float)row[k - c].y;
+          const float dot = g.x * row[k - c].x + g.y * row[k - c].y;
           UNROLL for (int a = 0; a < 3; a++) {   // along v: the mixed derivatives; the pure are 0
             const int b = (a + 1) % 3, d = (a + 2) % 3;
             sum[a] += dot * (!v ? cell.weight(k, 1 << a) : v[b] * cell.weight(k, 1 << a | 1 << b) +
@@ -369,40 +372,38 @@ template <int C, bool BACKWARD> struct Composite {     // sums[ray] = sum of w [
 
 // ---- The operators: hashgrid.py has checked the arguments; allocate and launch ----
 
-template <class Body> void with_rows(In table, Body body) {
-  if (table.scalar_type() == at::kFloat) return body((const Row<float>*)in(table));
-  body((const Row<at::Half>*)table.const_data_ptr<at::Half>());
-}
-
 Tensor gather(In points, In table, Ints vertices, MaybeIn along) {
-  const Tensor x = plain(points), v = plain(along), rows_ = aligned(table);
+  const Tensor x = plain(points), v = plain(along), rows = plain(table);
   const Grid grid(x, v, vertices, table.size(1));
   const Tensor encoded = at::empty({x.size(0), 2 * grid.L}, x.options());
-  with_rows(rows_, [&](auto* rows) {
-    launch(x, x.size(0), (grid.L + GROUP - 1) / GROUP, Gather{grid, rows, out(encoded)});
-  });
+  launch(x, x.size(0), (grid.L + GROUP - 1) / GROUP,
+         Gather{grid, (const Row*)in(rows), out(encoded)});
   return encoded;
 }
 
 Tensor pull(In points, In table, In grad, Ints vertices, MaybeIn along) {
-  const Tensor x = plain(points), v = plain(along), rows_ = aligned(table), g = plain(grad);
+  const Tensor x = plain(points), v = plain(along), rows = plain(table), g = plain(grad);
   const Grid grid(x, v, vertices, table.size(1));
   const Tensor pulled = at::zeros_like(x);
-  with_rows(rows_, [&](auto* rows) {
-    launch(x, x.size(0), (grid.L + GROUP - 1) / GROUP,
-           Pull{grid, rows, (const Row<float>*)in(g), out(pulled)});
-  });
+  launch(x, x.size(0), (grid.L + GROUP - 1) / GROUP,
+         Pull{grid, (const Row*)in(rows), (const Row*)in(g), out(pulled)});
   return pulled;
 }
 
-Tensor scatter(In points, In grad, Ints vertices, int64_t T, MaybeIn along) {
-  const Tensor x = plain(points), v = plain(along), g = plain(grad);
+Tensor scatter_both(In points, MaybeIn grad, MaybeIn turned, Ints vertices, int64_t T,
+                    MaybeIn along) {
+  const Tensor x = plain(points), v = plain(along), g = plain(grad), h = plain(turned);
   const Grid grid(x, v, vertices, T);
   const Tensor table = at::zeros({grid.L, T, 2}, x.options());
   const int64_t N = x.size(0), run = x.is_cuda() ? 8 : std::max<int64_t>(N, 1);
   launch(x, (N + run - 1) / run, grid.L,
-         Scatter{grid, (const Row<float>*)in(g), out(table), N, run});
+         Scatter{grid, (const Row*)in(g), (const Row*)in(h), out(table), N, run});
   return table;
+}
+
+Tensor scatter(In points, In grad, Ints vertices, int64_t T, MaybeIn along) {
+  const std::optional<Tensor> g = grad, none;
+  return scatter_both(points, along ? none : g, along ? g : none, vertices, T, along);
 }
 
 // capacity < 0: room for exactly the samples there are, which waits for the device to count them.
@@ -449,6 +450,8 @@ TORCH_LIBRARY(hashgrid, m) {
   m.def("gather(Tensor points, Tensor table, int[] vertices, Tensor? along) -> Tensor");
   m.def("pull(Tensor points, Tensor table, Tensor grad, int[] vertices, Tensor? along) -> Tensor");
   m.def("scatter(Tensor points, Tensor grad, int[] vertices, int T, Tensor? along) -> Tensor");
+  m.def("scatter_both(Tensor points, Tensor? grad, Tensor? turned, int[] vertices, int T,"
+        " Tensor? along) -> Tensor");
   m.def("march(Tensor origins, Tensor directions, Tensor occupied, Tensor shift, float delta,"
         " int capacity) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("composite(Tensor sigma, Tensor values, Tensor t, Tensor offsets, float delta,"
@@ -456,5 +459,5 @@ TORCH_LIBRARY(hashgrid, m) {
 }
 TORCH_LIBRARY_IMPL(hashgrid, CompositeExplicitAutograd, m) {           // the CPU and CUDA alike
   m.impl("gather", gather), m.impl("pull", pull), m.impl("scatter", scatter);
-  m.impl("march", march), m.impl("composite", composite);
+  m.impl("scatter_both", scatter_both), m.impl("march", march), m.impl("composite", composite);
 }

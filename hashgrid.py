@@ -197,16 +197,34 @@ def encode(points, table, resolutions):
     return encode_plain(points, table, resolutions)
 
 
-def encode_slope(points, table, resolutions, c):
-    """The gradient by the points of sum c encode(points); c (N, L*F) -> (N,3), differentiable in
-    table and c."""
+def encode_slope(points, table, resolutions, c, h):
+    """h = encode(points), and the gradient by the points of sum c h: (N, L*F), (N,3).
+
+    Differentiable in table and c (N, L*F); h is what encode gave without gradient. Both outputs add
+    to the table in one pass.
+    """
     if fast(table):
-        return torch.ops.hashgrid.pull(points, table, c, resolutions, None)
+        return EncodeSlope.apply(points, table, resolutions, c, h)
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         x = points.detach().requires_grad_()
         h = encode_plain(x, table, resolutions)
-        return torch.autograd.grad(h, x, c, create_graph=further)[0]
+        return h, torch.autograd.grad(h, x, c, create_graph=further)[0]
+
+
+class EncodeSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points, table, resolutions, c, h):
+        ctx.save_for_backward(points, table, c)
+        ctx.resolutions = resolutions
+        return h, torch.ops.hashgrid.pull(points, table, c, resolutions, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, v):
+        (x, T, c), r, op = ctx.saved_tensors, ctx.resolutions, torch.ops.hashgrid
+        return (None, op.scatter_both(x, g, c, r, T.shape[1], v), None,
+                op.gather(x, T, r, v) if ctx.needs_input_grad[3] else None, None)
 
 
 def fast(table):

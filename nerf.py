@@ -86,9 +86,12 @@ class NeRF(nn.Module):
     def density(self, x):
         return self.field(x)[0]
 
-    def field(self, x, normals=None):
+    def field(self, x, normals=False):
         """x (N,3) in the box -> sigma (N,), albedo (N,3); also n = -grad sigma / |grad sigma|."""
-        h = encode((x + 1) / 2, self.table, self.resolutions)                   # (N, L*F)
+        if normals:
+            h, slope = self.slope(x)
+        else:
+            h = encode((x + 1) / 2, self.table, self.resolutions)               # (N, L*F)
         # Both heads as one network of two layers, the second block-diagonal.
         W1 = torch.cat([self.density_mlp[0].weight, self.color_mlp[0].weight])
         W2 = torch.block_diag(self.density_mlp[2].weight, self.color_mlp[2].weight)     # (4, 2H)
@@ -99,28 +102,25 @@ class NeRF(nn.Module):
             with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
                 raw = Fn.linear(Fn.relu(Fn.linear(h, W1)), W2).to(h.dtype)
         sigma, albedo = Fn.softplus(raw[:, 0] + self.blob(x)), torch.sigmoid(raw[:, 1:])
-        if normals is None:
-            return sigma, albedo
-        if normals == "analytic":
-            slope = self.slope(x, h)
-        else:                                       # finite: three more looks, no second order
-            beside = (x[:, None] + 0.01 * torch.eye(3, device=x.device)).flatten(0, 1)
-            slope = self.density(beside).view(-1, 3) - sigma[:, None]
-        return sigma, albedo, -Fn.normalize(slope, dim=-1)
+        return (sigma, albedo, -Fn.normalize(slope, dim=-1)) if normals else (sigma, albedo)
 
-    def slope(self, x, h):
-        """grad of z(x) = W2 relu(W1 h(x)) + b(x), by hand; sigma = softplus(z) has its direction.
+    def slope(self, x):
+        """h(x), and grad of z(x) = W2 relu(W1 h(x)) + b(x), by hand: sigma = softplus(z) has its
+        direction.
 
-        With c = grad by h = W1' (W2 where W1 h > 0), the rest is the encoding's own gradient, which
-        is differentiable: no graph of a graph, and relu has no second derivative.
+        With `on` where W1 h > 0, c = grad of z by h = on (W2 W1), a fixed choice of W1's rows: relu
+        has no second derivative. The rest is the encoding's own gradient: no graph of a graph.
         """
-        W1, W2 = self.density_mlp[0].weight, self.density_mlp[2].weight
+        W1, W2, points = self.density_mlp[0].weight, self.density_mlp[2].weight, (x + 1) / 2
+        with torch.no_grad():
+            h = encode(points, self.table, self.resolutions)                    # (N, L*F)
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            on = Fn.linear(h, W1)
-            c = (torch.where(on > 0, W2.to(on), 0) @ W1).to(h)                  # (N, L*F)
+            on = Fn.linear(h, W1.detach()).gt_(0)                               # (N, H): 0 or 1
+            c = (on @ (W2.T * W1)).to(h)                                        # (N, L*F)
         height, radius = self.config.blob
         b = -height / radius * x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-        return encode_slope((x + 1) / 2, self.table, self.resolutions, c) / 2 + b
+        h, slope = encode_slope(points, self.table, self.resolutions, c, h)
+        return h, slope / 2 + b
 
     def background(self, directions):
         if self.background_mlp is None:
@@ -168,7 +168,7 @@ class NeRF(nn.Module):
                shading="albedo",                    # or "textureless", "diffuse"
                light=None,                          # position(s) of a point light; None: the camera
                ambient=0.0,                         # shade = ambient + (1 - ambient) max(0, n.l)
-               normals=None,                        # or "analytic", "finite"
+               normals=False,                       # also normals and the orientation loss
                chunk=None):                         # rays at a time; None: all, or in eval a few
         """-> rgb (...,3), opacity, depth (...,1), num_samples; with normals: normal, orientation.
 
@@ -177,11 +177,9 @@ class NeRF(nn.Module):
         """
         if shading not in ("albedo", "textureless", "diffuse"):
             raise ValueError(f"render: no shading {shading!r}; albedo, textureless, diffuse")
-        if normals not in (None, "analytic", "finite"):
-            raise ValueError(f"render: no normals {normals!r}; None, analytic, finite")
         shape = origins.shape[:-1]
         if shading != "albedo":
-            normals, light = normals or "analytic", origins if light is None else light
+            normals, light = True, origins if light is None else light
         rays = [x if x is None else torch.as_tensor(x, dtype=torch.float32, device=origins.device)
                 .expand(*shape, 3).reshape(-1, 3) for x in (origins, directions, background, light)]
         count = len(rays[0])

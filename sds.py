@@ -242,7 +242,7 @@ def draw_scene(s, step, device, fixed=None):
         v if v is None else v.to(device, non_blocking=True) for v in (c2w, fov, background, light))
     origins, directions = data.camera_rays(c2w, fov, size, size)                  # (N, H, W, 3)
     return dict(origins=origins, directions=directions, background=background, shading=shading,
-                light=light, ambient=ambient, normals="analytic" if s.shading else None,
+                light=light, ambient=ambient, normals=s.shading,
                 chunk=chunk_of_rays(s, num_views)), c2w
 
 

@@ -360,7 +360,10 @@ def encode_captions(captions, model, args, known):
     size = 1 if args.device == "cpu" else 64    # alone, a caption gives the same bits in any batch
     for i in range(0, len(new), size):
         known.update(zip(new[i:i + size], model.encode_text(new[i:i + size]).half().cpu()))
-    y = torch.stack([known[caption] for caption in captions]).to(args.device).float()
+    y = torch.stack([known[caption] for caption in captions])
+    if args.gpu:                                # unpinned, it would wait for all work before it
+        y = y.pin_memory()
+    y = y.to(args.device, non_blocking=True).float()
     for caption in list(known)[:-10_000]:
         del known[caption]
     return y

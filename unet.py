@@ -83,10 +83,15 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        y = x.float().unflatten(1, (self.num_groups, -1))               # (N, 32, C / 32, h, w)
-        variance, mean = torch.var_mean(y, (2, 3, 4), correction=0, keepdim=True)
-        y = ((y - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
-        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        # Sums over pixels first, a channel at a time: so memory lies. Then over a group's channels.
+        variance, mean = (y.unflatten(1, (self.num_groups, -1))                 # (N, 32, C / 32)
+                          for y in torch.var_mean(x.float(), (2, 3), correction=0))
+        centre = mean.mean(2, keepdim=True)
+        variance = (variance + (mean - centre).square()).mean(2, keepdim=True)
+        scale = (variance + self.eps).rsqrt() * self.weight.view_as(mean[0])
+        shift = self.bias.view_as(mean[0]) - centre * scale
+        scale, shift = (y.flatten(1)[:, :, None, None] for y in (scale, shift))
+        return (x.float() * scale + shift).to(x.dtype)
 
 
 class ResBlock(nn.Module):

@@ -70,9 +70,9 @@ def encode():
         xg = x.clone().requires_grad_()
         row(f"encode, forward and both gradients, {kind}", ns * milliseconds(
             lambda: torch.autograd.grad(nerf.encode(xg, table, r), (xg, table), g)), "ns/pt", 4.5)
-        half = table.detach().half()
-        row(f"encode, forward, half table, {kind}", ns * milliseconds(
-            lambda: op.gather(x, half, r, None)), "ns/pt")
+        v = torch.randn(N, 3, device=device)
+        row(f"encode, gradients of value and slope by table, {kind}", ns * milliseconds(
+            lambda: op.scatter_both(x, g, g, r, 2**19, v)), "ns/pt")
 
 
 def march():
@@ -103,8 +103,7 @@ def march():
 def render():
     device, model = "cuda", NeRF().cuda()
     o, d = cameras(4, 256, device)
-    for name, kw in (("", {}), (", diffuse, analytic normals", dict(shading="diffuse")),
-                     (", diffuse, finite normals", dict(shading="diffuse", normals="finite"))):
+    for name, kw in (("", {}), (", diffuse", dict(shading="diffuse"))):
         if kw:
             o, d = cameras(4, 128, device)                          # a quarter of the rays
 
