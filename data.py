@@ -17,9 +17,9 @@ draws them; `python data.py FOLDER` checks data of your own, whose form sources.
 """
 import functools
 import math
-import os
 import re
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ TOY_FOV = 40.0                                          # the toy world's only c
 TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))  # model never sees its fov and distance
 
 # ---- Cameras and rays ----------------------------------------------------------------------------
-
 
 def look_at_origin(elevation, azimuth):
     """Cameras on the unit sphere that look at its centre: angles (...) -> c2w (..., 4, 4)."""
@@ -141,30 +140,27 @@ def trace(geometry, colors, origin, directions):
     return color * (0.7 + 0.3 * light), distance
 
 
-def render(objects, c2w, fov, distance, size, background, supersample=2):
-    """B objects (geometry, colors) by N = B*V cameras: rgb (N,H,W,3), opacity and depth (N,H,W,1).
-
-    `distance` multiplies the cameras' translations; the background broadcasts to rgb.  Depth is the
-    distance along a pixel's rays, averaged over those that hit, and 0 where none does.
-    """
+def render(objects, c2w, fov, size, background, supersample=2):
+    """B objects (geometry, colors) by N = B*V cameras on the unit sphere, which TOY_DISTANCE moves
+    away -> rgb (N, H, W, 3), opacity (N, H, W, 1); the background broadcasts to rgb."""
     geometry, colors = (t.repeat_interleave(len(c2w) // len(t), 0) for t in objects)
     c2w, fine, pictures = c2w.to(geometry, copy=True), size * supersample, []
-    c2w[:, :3, 3] *= distance
+    c2w[:, :3, 3] *= TOY_DISTANCE
     fov = torch.as_tensor(fov).to(c2w).expand(len(c2w))
-    chunk = max(1, (2 ** 16 if c2w.device.type == "cpu" else 2 ** 20) // fine ** 2)      # 2^20 rays
-    for tensors in zip(*(t.split(chunk) for t in (geometry, colors, c2w, fov))):
-        origins, directions = camera_rays(*tensors[2:], fine, fine)
-        parts = slice(None)
-        if c2w.device.type == "cpu":                     # skip "none"; a GPU prefers a fixed shape
-            parts = (tensors[0][..., -1] < SHAPES["none"][-1]).any(0)
-        rgb, depth = trace(*(t[:, parts] for t in tensors[:2]), origins[:, 0, 0],
-                           directions.flatten(1, 2))
-        hit = depth.isfinite()[..., None]
-        layers = torch.where(hit, torch.cat([rgb, hit, depth[..., None]], -1), 0)        # (n, R, 5)
+    on_cpu = c2w.device.type == "cpu"
+    chunk = max(1, (2 ** 16 if on_cpu else 2 ** 20) // fine ** 2)               # so many rays
+    for geometry, colors, c2w, fov in zip(*(t.split(chunk) for t in (geometry, colors, c2w, fov))):
+        if on_cpu:                                       # skip "none"; a GPU prefers a fixed shape
+            used = (geometry[..., -1] < SHAPES["none"][-1]).any(0)
+            geometry, colors = geometry[:, used], colors[:, used]
+        origins, directions = camera_rays(c2w, fov, fine, fine)
+        rgb, distance = trace(geometry, colors, origins[:, 0, 0], directions.flatten(1, 2))
+        hit = distance.isfinite()[..., None]
+        layers = torch.where(hit, torch.cat([rgb, hit], -1), 0)                          # (n, R, 4)
         layers = layers.unflatten(1, (size, supersample, size, supersample))
         pictures.append(layers.mean((2, 4)))
-    rgb, opacity, depth = torch.cat(pictures).split([3, 1, 1], -1)
-    return rgb + (1 - opacity) * background, opacity, depth / opacity.clamp(min=1e-6)
+    rgb, opacity = torch.cat(pictures).split([3, 1], -1)
+    return rgb + (1 - opacity) * background, opacity
 
 
 # ---- The world, a table: toy_world.txt ----------------------------------------------------------
@@ -183,17 +179,16 @@ FLAT_CATEGORIES, FLAT_COLORS = ("cat", "penguin", "truck"), ("cyan", "purple")  
 def read_world(path):
     """{category: (default colour, {part: default colour, "" if worn}, [primitive])}"""
     world = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("  "):
-                world[name][2].extend(line.split("|"))
-            elif line[0] not in "#\n":
-                name, color, *parts = line.split()
-                world[name] = color, dict((part + "=").split("=")[:2] for part in parts), []
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            world[name][2].extend(line.split("|"))
+        elif line and not line.startswith("#"):
+            name, color, *parts = line.split()
+            world[name] = color, dict(part.partition("=")[::2] for part in parts), []
     return world
 
 
-CATEGORIES = read_world(os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy_world.txt"))
+CATEGORIES = read_world(Path(__file__).with_name("toy_world.txt"))
 PAINTS = COLORS | NEUTRALS
 NAMES, HUES, PAINT = list(CATEGORIES), list(COLORS), list(PAINTS)
 SUFFIX = ", 3d asset"                       # ends the captions of 3D training data
@@ -282,14 +277,12 @@ def parse_caption(caption):
 
 # ---- The split: what is seen in 3D, only in 2D, nowhere ------------------------------------------
 
-SPLITS = "3d", "2d", "never"
-
-
 def splits(specs):
-    """THE rule, for training and evaluation: specs (..., 4) -> indices of SPLITS (...).
+    """THE rule, for training and evaluation: specs (..., 4) -> 0, 1 or 2 (...).
 
-    never: a hashed fifth of all specs.   2d: of the others, those of FLAT_CATEGORIES and those with
-    any colour of FLAT_COLORS.   3d: the rest; the view sets hold these alone, the 2D set both.
+    2  in no set: a hashed fifth of all specs
+    1  in the 2D set alone: of the others, those of FLAT_CATEGORIES, those with any of FLAT_COLORS
+    0  in both sets: the rest
     """
     h = (specs + 1) @ torch.tensor([1, 31, 961, 29791])
     for factor in (2246822519, 3266489917):
@@ -304,48 +297,26 @@ def is_flat(specs):
                       torch.isin(specs[..., 1:], torch.tensor([*hues]))], -1)
 
 
-def split_of(spec):
-    """"3d", "2d" or "never"."""
-    return SPLITS[splits(torch.tensor(spec))]
-
-
 @functools.cache
 def all_specs():
     """Every spec (S, 4), and how often to draw it (S,): categories alike, each part named in .6."""
     options = [-1, *range(len(HUES))]
-    specs = torch.tensor([(i, main, a, b) for i, name in enumerate(NAMES) for main in options[1:]
-                          for a in options for b in options[:11 * len(CATEGORIES[name][1]) - 10]])
+    specs = torch.tensor([(i, main, a, b) for i, (_, parts, _) in enumerate(CATEGORIES.values())
+                          for main in options[1:] for a in options
+                          for b in (options if len(parts) > 1 else [-1])])
     weight = torch.where(specs[:, 2:] < 0, 0.4, 0.06).prod(1)
     return specs, weight / torch.bincount(specs[:, 0], weight)[specs[:, 0]]
 
 
-def toy_prompts(row, num, seed=0):
-    """num different captions, every colour said, of one row of the quality table: "seen" in 3D;
-    "combination", never seen, of things seen; a main "colour" or a "category" seen only in 2D."""
-    specs, weight = all_specs()
-    split, flat = splits(specs), is_flat(specs)
-    name, main, part = flat[:, 0], flat[:, 1], flat[:, 2:].any(1)
-    rows = {"seen": split == 0, "combination": (split == 2) & ~flat.any(1),
-            "colour": (split == 1) & ~name & main & ~part,
-            "category": (split == 1) & name & ~main & ~part}
-    if row not in rows:
-        raise ValueError(f"there are no prompts of the row {row!r}: choose from {', '.join(rows)}")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(weight * rows[row], num, generator=generator)
-    return [format_caption(spec) for spec in specs[chosen].tolist()]
-
-
 # ---- The truth, and the two training sets --------------------------------------------------------
 
-
-def toy_render(captions, c2w, fov=TOY_FOV, distance=TOY_DISTANCE, size=128, background=0.5,
-               supersample=2, device="cpu"):
-    """The truth of B captions at cameras (V, 4, 4) or (B, V, 4, 4), translations times `distance`:
-    {rgb (B, V, H, W, 3) in [0, 1], opacity (B, V, H, W, 1), depth (B, V, H, W, 1)}."""
+def toy_render(captions, c2w, size=128, background=0.5, supersample=2, device="cpu"):
+    """The truth of B captions at cameras (V, 4, 4) or (B, V, 4, 4) on the unit sphere:
+    {rgb (B, V, H, W, 3) in [0, 1], opacity (B, V, H, W, 1)}."""
     objects = build(torch.tensor([parse_caption(caption) for caption in captions]), device)
     c2w = c2w.expand(len(captions), *c2w.shape[-3:])
-    pictures = render(objects, c2w.flatten(0, 1), fov, distance, size, background, supersample)
-    return {k: v.unflatten(0, c2w.shape[:2]) for k, v in zip(("rgb", "opacity", "depth"), pictures)}
+    pictures = render(objects, c2w.flatten(0, 1), TOY_FOV, size, background, supersample)
+    return {k: v.unflatten(0, c2w.shape[:2]) for k, v in zip(("rgb", "opacity"), pictures)}
 
 
 def draw(num, weight, generator=None):
@@ -366,12 +337,12 @@ def toy_views(num_sets, num_views=4, size=128, generator=None, device="cpu"):
     azimuth, elevation, grey = torch.rand(3, num_sets, 1, generator=generator)
     c2w = look_at_origin(30 * elevation, 360 * (azimuth + torch.arange(num_views) / num_views))
     c2w, grey = c2w.flatten(0, 1), grey.repeat_interleave(num_views)[:, None, None, None].to(device)
-    rgb, _, _ = render(build(specs, device), c2w, TOY_FOV, TOY_DISTANCE, size, grey)
+    rgb, _ = render(build(specs, device), c2w, TOY_FOV, size, grey)
     return 2 * rgb.movedim(-1, 1) - 1, c2w.to(device), [c + SUFFIX for c in captions]
 
 
 def toy_pictures(num, size=128, generator=None, device="cpu"):
-    """The 2D set: single images (N, 3, H, W) of the wider world, and captions [N].
+    """The 2D set: single images (N, 3, H, W) of the wider world, no cameras, captions [N].
 
     Any azimuth, elevation -10 to 60, loose framing, two busy backgrounds for each plain one.  The
     categories that only this set shows come three times as often as the others.
@@ -384,8 +355,8 @@ def toy_pictures(num, size=128, generator=None, device="cpu"):
     aside = c2w[:, :3, :2] @ (0.06 * torch.rand(num, 2, 1, generator=generator) - 0.03)
     c2w[:, :3, 3] = (1 + 0.25 * distance[:, None]) * c2w[:, :3, 3] + aside[..., 0]
     behind = draw_backgrounds(num, size, generator, device)
-    rgb, _, _ = render(build(specs, device), c2w, 37 + 6 * fov, TOY_DISTANCE, size, behind)
-    return 2 * rgb.movedim(-1, 1) - 1, captions
+    rgb, _ = render(build(specs, device), c2w, 37 + 6 * fov, size, behind)
+    return 2 * rgb.movedim(-1, 1) - 1, None, captions
 
 
 def draw_backgrounds(num, size, generator=None, device="cpu"):
@@ -418,7 +389,7 @@ def contact_sheet(path):
         row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
         sheet.paste(row, (i % 2 * 528, i // 2 * 148))
         ImageDraw.Draw(sheet).text((i % 2 * 528 + 4, i // 2 * 148 + 130), caption, fill="black")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 

@@ -5,7 +5,8 @@
 turns every .obj, .glb and .gltf under MODELS into what `train.py --data OUT` reads (sources.py has
 its form), as MVDream rendered Objaverse (section 4.1 of the paper's first version): for each object
 one fov of 15 to 60 degrees, one elevation of 0 to 30, one distance, azimuths evenly spaced from a
-random start, RGBA on nothing; all drawn from the object's name, so always the same.
+random start, RGBA on nothing; all drawn from the object's name, so always the same.  A name is the
+file's whole path, so that no two meet: MODELS/a/chair.obj is rendered into OUT/a/chair.obj/.
 
 Conventions: data.py's.  A file is taken as y-up with its front to +z, which glTF demands and Sweet
 Home 3D keeps to; world (x, y, z) = file (z, x, y) is z-up with its front to +x.  It is brought into
@@ -30,8 +31,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import zipfile
-from multiprocessing import connection, get_context
+from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -68,26 +71,26 @@ def placement(points, turn):
 # ---- Blender -------------------------------------------------------------------------------------
 
 def render_object(folder, model, turn, caption, size, fov, c2w):
-    """One view set.  The folder has another name until it is whole."""
+    """One view set.  It is none until its last file, transforms.json, is there."""
     import bpy
-    part, frames = folder.with_name(folder.name + ".part"), []
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)                   # what an end too early has left
+    folder.mkdir(parents=True)
     bpy.ops.wm.read_factory_settings(use_empty=True)
     load = bpy.ops.wm.obj_import if model.suffix.lower() == ".obj" else bpy.ops.import_scene.gltf
     load(filepath=str(model))
     place_model(bpy, turn @ BLENDER.T)
-    camera = set_stage(bpy, size, fov)
+    camera, frames = set_stage(bpy, size, fov), []
     for i, matrix in enumerate(c2w):
         camera.matrix_world = [*zip(*matrix)]                   # Blender takes columns
-        bpy.context.scene.render.filepath = str(part / f"{i:03d}.png")
+        bpy.context.scene.render.filepath = str(folder / f"{i:03d}.png")
         bpy.ops.render.render(write_still=True)
-        mend_silhouette(part / f"{i:03d}.png")
+        mend_silhouette(folder / f"{i:03d}.png")
         frames.append({"file_path": f"./{i:03d}", "transform_matrix": matrix})
-    (part / "caption.txt").write_text(caption + "\n", "utf-8")
+    (folder / "caption.txt").write_text(caption + "\n", "utf-8")
     cameras = {"camera_angle_x": math.radians(fov), "w": size, "h": size, "frames": frames}
-    (part / "transforms.json").write_text(json.dumps(cameras, indent=1), "utf-8")
-    part.replace(folder)
+    part = folder / "transforms.part"
+    part.write_text(json.dumps(cameras, indent=1), "utf-8")
+    part.replace(folder / "transforms.json")
 
 
 def place_model(bpy, turn):
@@ -173,20 +176,20 @@ def article(name):
 
 
 def find_models(source, unpacked):
-    """{name: (file, turn, caption)} of a folder or of a single file."""
-    source, found = Path(source), {}
+    """{name: (file, turn, caption)} of a folder or of a single file; a name is a path under it."""
+    found = {}
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such folder or file")
     root = source if source.is_dir() else source.parent
     captions = sources.read_captions(root)
     for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        name, suffix = path.relative_to(root).with_suffix("").as_posix(), path.suffix.lower()
+        name, suffix = path.relative_to(root), path.suffix.lower()
         if suffix == ".sh3f":
             found.update(read_library(path, name, Path(unpacked) / str(len(found))))
-        elif suffix in MODELS:
-            caption = captions.get(name) or captions.get(path.stem)
+        elif suffix in MODELS and path.is_file():
+            caption = captions.get(name.with_suffix("").as_posix()) or captions.get(path.stem)
             caption = caption or sources.read_text(path.with_suffix(".txt")) or article(path.stem)
-            found[name + suffix * (name in found)] = path, TURN, caption    # chair, and chair.glb
+            found[name.as_posix()] = path, TURN, caption
     if not found:
         raise ValueError(f"{source}: no model found; wanted are {', '.join(MODELS)} or .sh3f")
     return found
@@ -208,8 +211,8 @@ def read_library(path, name, folder):
         model = sources.inside(folder, entry.get("model", "").lstrip("/"))
         turn = np.array(entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split(), float)
         if model.suffix.lower() in MODELS:
-            found[f"{name}/{model.stem}_{i}"] = (model, TURN @ turn.reshape(3, 3),
-                                                 article(entry.get("name") or model.stem))
+            found[f"{name.as_posix()}/{model.stem}_{i}"] = (
+                model, TURN @ turn.reshape(3, 3), article(entry.get("name") or model.stem))
     return found
 
 
@@ -231,29 +234,23 @@ def serve(work, pipe):
 
 def in_workers(work, jobs, count):
     """Runs work(*job) in `count` processes -> job, what went wrong or None, as each ends.
-    A process that dies of a job is replaced."""
-    context = get_context("spawn")
+    A thread feeds each process, and takes another when its own dies of a job."""
+    context, mine = get_context("spawn"), threading.local()
 
-    def start():
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(work, theirs), daemon=True).start()
-        theirs.close()                                          # so that its death ends the pipe
-        return ours
+    def run(job):
+        if not hasattr(mine, "pipe"):
+            mine.pipe, theirs = context.Pipe()
+            context.Process(target=serve, args=(work, theirs), daemon=True).start()
+            theirs.close()                                      # so that its death ends the pipe
+        try:
+            mine.pipe.send(job)
+            return job, mine.pipe.recv()
+        except (EOFError, OSError):
+            del mine.pipe
+            return job, "Blender itself died of it"
 
-    waiting, busy, idle = jobs[::-1], {}, [start() for _ in range(min(count, len(jobs)))]
-    while waiting or busy:
-        while waiting and idle:
-            pipe = idle.pop()
-            busy[pipe] = waiting.pop()
-            pipe.send(busy[pipe])
-        for pipe in connection.wait(busy):
-            job = busy.pop(pipe)
-            try:
-                fault = pipe.recv()
-            except (EOFError, OSError):
-                fault, pipe = "Blender itself died of it", start()
-            idle.append(pipe)
-            yield job, fault
+    with ThreadPool(count) as threads:
+        yield from threads.imap_unordered(run, jobs)
 
 
 def main(argv):
@@ -266,26 +263,35 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.views < sources.VIEWS or args.size < 1 or args.jobs < 1:
         raise ValueError(f"--views must be at least {sources.VIEWS}, --size and --jobs at least 1")
+    models, out, jobs, broken = Path(args.models), Path(args.out), [], {}
+    if out.resolve() == (models if models.is_dir() else models.parent).resolve():
+        raise ValueError(f"{out} holds the models themselves: take another OUT")
     if not importlib.util.find_spec("bpy"):
         raise ValueError("rendering needs Blender as a Python module: `pip install bpy`, in the "
                          "matching Python version: 3.11 for bpy 5.0, and this is {}.{}".format(
                              *sys.version_info))
-    jobs, broken, out = [], {}, Path(args.out)
     with tempfile.TemporaryDirectory() as unpacked:
-        found = find_models(args.models, unpacked)
+        found = find_models(models, unpacked)
         for name, model in found.items():
-            if not (out / name / "transforms.json").exists():
+            done = out / name / "transforms.json"
+            if done.exists():
+                old = json.loads(done.read_text("utf-8"))
+                views, size = len(old["frames"]), old["w"]
+                if (views, size) != (args.views, args.size):
+                    raise ValueError(f"{out / name} has {views} views of {size} pixels: repeat "
+                                     f"--views {views} --size {size}, or take another OUT")
+            else:
                 fov, c2w = draw_cameras(name, args.views)
                 jobs.append((out / name, *model, args.size, fov, c2w.tolist()))
-        with tqdm(total=len(found), initial=len(found) - len(jobs), unit="object") as bar:
-            for (folder, *_), fault in in_workers(render_object, jobs, args.jobs):
-                if fault:
-                    broken[folder] = fault
-                    shutil.rmtree(f"{folder}.part", ignore_errors=True)
-                bar.set_postfix(broken=len(broken), refresh=False)
-                bar.update()
+        bar = tqdm(in_workers(render_object, jobs, args.jobs), total=len(found),
+                   initial=len(found) - len(jobs), unit="object")
+        for (folder, *_), fault in bar:
+            if fault:
+                broken[folder] = fault
+                bar.set_postfix(broken=len(broken))
+                shutil.rmtree(folder, ignore_errors=True)
     for folder, fault in broken.items():
         print(f"skipped {folder.relative_to(out)}: {fault}")
     if len(broken) == len(found):
-        raise ValueError(f"{args.models}: none of its {len(found)} models could be rendered")
+        raise ValueError(f"{models}: none of its {len(found)} models could be rendered")
     print(f"{out}: {len(found) - len(broken)} objects, {len(broken)} broken")

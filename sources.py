@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 
-VIEWS = 4                                       # of a set
+VIEWS = 4       # of a set; data, batches, losses and samples all follow this one number
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 
 
@@ -72,10 +72,10 @@ def told(faults):
 
 
 class Samples:
-    """What the two kinds share: a folder, items = [(path, ...)], what was wrong."""
+    """What the two kinds share: items = [(path, ..., caption)], and what was wrong, `faults`."""
 
-    def __init__(self, folder, size):
-        self.folder, self.size, self.items = Path(folder), size, []
+    def __init__(self, folder, size=256, caption=""):
+        self.folder, self.size, self.caption, self.items = Path(folder), size, caption, []
         self.faults = collections.defaultdict(list)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder; wanted is {self.wanted}")
@@ -83,6 +83,13 @@ class Samples:
         if not self.items:
             why = told(self.faults) or "nothing found"
             raise ValueError(f"{folder}: nothing to train on: {why}; wanted is {self.wanted}")
+
+    def add(self, caption, path, *place):
+        """An item with its own caption, unless there is one for all."""
+        if self.caption or caption:
+            self.items.append((path, *place, self.caption or caption))
+        else:
+            self.faults[f"{self.kind} without a caption"].append(path)
 
     def __len__(self):
         return len(self.items)
@@ -96,29 +103,22 @@ class ViewSets(Samples):
     (uid, caption) for all.  The cameras are this project's, at any distance and fov."""
     kind, wanted = "objects", "a folder an object: transforms.json, pictures, caption.txt"
 
-    def __init__(self, folder, num_views=VIEWS, size=256):
-        self.num_views = num_views
-        super().__init__(folder, size)
-
     def fill(self):
         captions = read_captions(self.folder)
         for path in sorted(self.folder.rglob("transforms.json")):
-            caption = read_text(path.with_name("caption.txt")) or captions.get(path.parent.name)
             try:
                 self.cameras(path, self.faults)
             except ValueError as error:
                 self.faults[str(error)].append(path)
                 continue
-            if caption:
-                self.items.append((path, caption))
-            else:
-                self.faults["objects without a caption"].append(path.parent)
+            own = read_text(path.with_name("caption.txt"))
+            self.add(own or captions.get(path.parent.name), path)
 
     def cameras(self, path, faults):
         """-> pictures [n], c2w (n, 4, 4) of the cameras on the orbit, and sets (s, V) of these: V
         cameras each nearest to its place, evenly spaced from a first one, and less than half a
         step away from it."""
-        files, c2w, V = [], [], self.num_views
+        files, c2w, V = [], [], VIEWS
         try:
             for frame in json.loads(path.read_text("utf-8"))["frames"]:
                 file = inside(path.parent, frame["file_path"])
@@ -164,10 +164,6 @@ class Pictures(Samples):
     (file_name, text), or tar shards that hold such pairs.  Or one caption for all."""
     kind, wanted = "pictures", "pictures with a .txt beside each, a metadata.jsonl, or tar shards"
 
-    def __init__(self, folder, size=256, caption=""):
-        self.caption = caption
-        super().__init__(folder, size)
-
     def fill(self):
         listed = {}
         for line in read_text(self.folder / "metadata.jsonl").splitlines():
@@ -183,14 +179,8 @@ class Pictures(Samples):
             if path.suffix == ".tar":
                 self.read_shard(path)
             elif path.suffix.lower() in PICTURES:
-                caption = self.caption or listed.get(path) or read_text(path.with_suffix(".txt"))
-                self.add(caption, path, 0, -1)
-
-    def add(self, caption, path, offset, size):
-        if caption:
-            self.items.append((path, offset, size, caption))
-        else:
-            self.faults["pictures without a caption"].append(path)
+                own = listed.get(path) or read_text(path.with_suffix(".txt"))
+                self.add(own, path, 0, -1)                     # all of the file, from its start
 
     def read_shard(self, path):
         """Only headers and captions are read here, and nothing is ever unpacked."""
@@ -213,7 +203,7 @@ class Pictures(Samples):
             self.faults["tar shards cut short or broken"].append(path)
         for stem, (offset, size) in pictures.items():
             if offset + size <= path.stat().st_size:
-                self.add(self.caption or texts.get(stem, "").strip(), path, offset, size)
+                self.add(texts.get(stem, "").strip(), path, offset, size)
 
     def load(self, i, generator=None):
         path, offset, size, caption = self.items[i]
@@ -249,58 +239,28 @@ class Draws(torch.utils.data.Dataset):
 #                 a part (slice) of the step's view sets (mode "3d") or single pictures ("2d")
 # empty, prompts  y of the empty caption, for guidance; captions to draw samples of
 # half            whether begin and batch run the autoencoder in half precision
-# broken          what could not be read on the way
+# kinds, broken   the folders behind it; what could not be read on the way
 
-class ToyPool:
-    """The toy world's two sets, rendered once and kept on the device; latents replace the pictures.
+class Pool:
+    """All samples of a mode, kept on the device: view sets ("3d"), or pictures with V = 1 ("2d").
 
-    "3d"   pictures (S,V,3,H,W) uint8, cameras (S,V,4,4), tokens (S,77)       view sets
-    "2d"   pictures (M,1,3,H,W) uint8, no cameras,        tokens (M,77)       single pictures
+    pictures  (S,V,3,H,W) uint8, which become latents (S,V,4,h,w)
+    y         (S,77) tokens, or encoded (S,77,C)
+    cameras   (S,V,4,4), of view sets
     """
-    half, broken = False, ()
-    prompts = [p + data.SUFFIX for p in (
-        "a red robot wearing a blue hat", "a green car with white wheels", "a purple bear",
-        "a house", "a yellow duck wearing a pink scarf", "a blue rocket")]
+    broken = ()
 
     def __init__(self, model, args):
-        g, size, device = torch.Generator().manual_seed(args.seed), model.image_size, args.device
-        self.pictures, self.latents, self.cameras, self.tokens = {}, {}, {}, {}
         self.model, self.args = model, args
-        self.empty = model.tokenize([""]).to(device)                      # the caption of guidance
-        with tqdm(total=(VIEWS + 2) * args.sets, desc="toy world", unit="picture",
-                  disable=args.rank > 0) as bar:
-            for mode, count, views in (("3d", args.sets, VIEWS), ("2d", 2 * args.sets, 1)):
-                parts = []
-                for n in [256] * (count // 256) + [count % 256] * (count % 256 > 0):
-                    if mode == "3d":
-                        images, c2w, captions = data.toy_views(n, VIEWS, size, g, device)
-                    else:
-                        (images, captions), c2w = data.toy_pictures(n, size, g, device), None
-                    images = to_bytes(images).unflatten(0, (n, views))
-                    parts.append((images, model.tokenize(captions),
-                                  c2w if c2w is None else c2w.unflatten(0, (n, views))))
-                    bar.update(n * views)
-                pictures, tokens, cameras = zip(*parts)
-                self.pictures[mode] = torch.cat(pictures)
-                self.tokens[mode] = torch.cat(tokens).to(device)
-                self.cameras[mode] = None if mode == "2d" else torch.cat(cameras).to(device)
-
-    def images(self, n, generator):
-        """n random pictures, 3D and 2D alike: (n,3,H,W) in [-1,1]."""
-        parts = []
-        for pictures, share in ((self.pictures["3d"], n // 2), (self.pictures["2d"], n - n // 2)):
-            flat = pictures.flatten(0, 1)
-            pick = torch.randint(len(flat), (share,), generator=generator, device=flat.device)
-            parts.append(from_bytes(flat[pick]))
-        return torch.cat(parts)
+        self.pictures, self.latents, self.cameras, self.y = {}, {}, {}, {}
 
     @torch.no_grad()
     def begin(self, encode):
+        scale, hidden = self.model.vae.config.scale_factor, self.args.rank > 0
         for mode, pictures in self.pictures.items():
-            flat, scale = pictures.flatten(0, 1), self.model.vae.config.scale_factor
-            latents = [(encode(from_bytes(chunk))[0] * scale).half()
-                       for chunk in tqdm(flat.split(256), desc=f"{mode} latents",
-                                         disable=self.args.rank > 0)]
+            chunks = pictures.flatten(0, 1).split(self.at_once)
+            latents = [(scale * encode(from_bytes(chunk))[0].float()).to(self.kept_as)
+                       for chunk in tqdm(chunks, desc=f"{mode} latents", disable=hidden)]
             self.latents[mode] = torch.cat(latents).unflatten(0, pictures.shape[:2])
         self.pictures.clear()                   # conserve memory
 
@@ -308,8 +268,58 @@ class ToyPool:
         latents = self.latents[mode]
         pick = torch.randint(len(latents), (self.args.batch // latents.shape[1],),
                              generator=generator, device=latents.device)[part]
-        c2w = self.cameras[mode][pick].flatten(0, 1) if mode == "3d" else None
-        return latents[pick].flatten(0, 1).float(), self.tokens[mode][pick], c2w
+        c2w = self.cameras[mode][pick].flatten(0, 1) if mode in self.cameras else None
+        return latents[pick].flatten(0, 1).float(), self.y[mode][pick], c2w
+
+
+class ToyPool(Pool):
+    """The toy world's two sets, rendered once."""
+    kinds, half, at_once, kept_as = {}, False, 256, torch.half
+    prompts = [p + data.SUFFIX for p in (
+        "a red robot wearing a blue hat", "a green car with white wheels", "a purple bear",
+        "a house", "a yellow duck wearing a pink scarf", "a blue rocket")]
+
+    def __init__(self, model, args):
+        super().__init__(model, args)
+        g, size, device = torch.Generator().manual_seed(args.seed), model.image_size, args.device
+        self.empty = model.tokenize([""]).to(device)
+        for mode, count, views in (("3d", args.sets, VIEWS), ("2d", 2 * args.sets, 1)):
+            parts = []
+            for first in tqdm(range(0, count, 256), desc=f"{mode} pictures", disable=args.rank > 0):
+                n = min(256, count - first)
+                images, c2w, captions = (
+                    data.toy_views(n, VIEWS, size, g, device) if mode == "3d" else
+                    data.toy_pictures(n, size, g, device))
+                parts.append((to_bytes(images).unflatten(0, (n, views)), c2w,
+                              model.tokenize(captions).to(device)))
+            pictures, c2w, y = zip(*parts)
+            self.pictures[mode], self.y[mode] = torch.cat(pictures), torch.cat(y)
+            if mode == "3d":
+                self.cameras[mode] = torch.cat(c2w).unflatten(0, (count, views))
+
+    def images(self, n, generator):
+        """n random pictures, 3D and 2D alike: (n,3,H,W) in [-1,1]."""
+        parts = []
+        for mode, share in (("3d", n // 2), ("2d", n - n // 2)):
+            flat = self.pictures[mode].flatten(0, 1)
+            pick = torch.randint(len(flat), (share,), generator=generator, device=flat.device)
+            parts.append(from_bytes(flat[pick]))
+        return torch.cat(parts)
+
+
+class Photos(Pool):
+    """--dreambooth: a few photos of one subject, always in 2D mode."""
+    half, at_once, kept_as = True, 1, torch.float
+
+    def __init__(self, model, args):
+        super().__init__(model, args)
+        photos = Pictures(args.dreambooth, model.image_size, args.subject)
+        g = torch.Generator().manual_seed(args.seed)
+        images = [photos.load(i, g)[0] for i in range(len(photos))]
+        self.empty, y = encode_captions(["", args.subject], model, args, {}).split(1)
+        self.pictures["2d"] = torch.stack(images).to(args.device)
+        self.y["2d"] = y.expand(len(images), *y.shape[1:])                 # the same for all
+        self.kinds, self.prompts = {"2d": photos}, [args.subject, args.subject + data.SUFFIX]
 
 
 class Folders:
@@ -319,10 +329,10 @@ class Folders:
 
     def __init__(self, model, args, plan):
         self.model, self.args, self.plan, self.known, self.readers = model, args, plan, {}, {}
-        self.kinds = {"3d": args.data and ViewSets(args.data, size=model.image_size),
-                      "2d": args.images and Pictures(args.images, model.image_size)}
-        shown = self.kinds["3d"] or self.kinds["2d"]
-        self.prompts = [item[-1] + data.SUFFIX for item in shown.items[:6]]
+        self.kinds = {mode: kind(folder, model.image_size) for mode, kind, folder in
+                      (("3d", ViewSets, args.data), ("2d", Pictures, args.images)) if folder}
+        shown = next(iter(self.kinds.values())).items[:6]
+        self.prompts = [caption + data.SUFFIX for *_, caption in shown]
         self.empty, self.broken = encode_captions([""], model, args, self.known), set()
 
     def begin(self, encode):
@@ -338,35 +348,6 @@ class Folders:
         c2w = None if c2w is None else c2w.to(self.args.device, non_blocking=True)
         y = encode_captions(captions, self.model, self.args, self.known)
         return mean.float() * self.model.vae.config.scale_factor, y, c2w
-
-    def __str__(self):
-        return "\n".join(str(kind) for kind in self.kinds.values() if kind)
-
-
-class Photos:
-    """--dreambooth: a few photos of one subject, always in 2D mode, encoded once."""
-    half, broken = True, ()
-
-    def __init__(self, model, args):
-        self.photos = Pictures(args.dreambooth, model.image_size, args.subject)
-        g = torch.Generator().manual_seed(args.seed)
-        images = torch.cat([self.photos.load(i, g)[0] for i in range(len(self.photos))])
-        self.images, self.scale = images.to(args.device), model.vae.config.scale_factor
-        self.count, self.prompts = args.batch, [args.subject, args.subject + data.SUFFIX]
-        self.empty, self.y = encode_captions(["", args.subject], model, args, {}).split(1)
-
-    @torch.no_grad()
-    def begin(self, encode):
-        means = [encode(from_bytes(image))[0] for image in self.images.split(1)]
-        self.latents = self.scale * torch.cat(means).float()
-
-    def batch(self, mode, step, part, generator):
-        pick = torch.randint(len(self.latents), (self.count,), generator=generator,
-                             device=self.latents.device)[part]
-        return self.latents[pick], self.y.expand(len(pick), *self.y.shape[1:]), None
-
-    def __str__(self):
-        return str(self.photos)
 
 
 @torch.no_grad()
@@ -438,28 +419,27 @@ def check(folder, sheet, rows=8, size=128):
     from PIL import Image, ImageDraw
     views = next(Path(folder).rglob("transforms.json"), None)
     samples = ViewSets(folder, size=size) if views else Pictures(folder, size)
-    drawn, generator = [], torch.Generator().manual_seed(0)
+    page = Image.new("RGB", (size * (1 + VIEWS if views else 1) + 300, rows * (size + 4)), "white")
+    pen, y, generator = ImageDraw.Draw(page), 0, torch.Generator().manual_seed(0)
     for i, (path, *_) in enumerate(samples.items):
         try:
             images, c2w, caption = samples.load(i, generator)
         except (ValueError, OSError) as error:
             samples.faults["samples that cannot be read"].append(error)
             continue
-        if len(drawn) < rows:
-            cells = [Image.fromarray(image.movedim(0, -1).numpy()) for image in images]
-            if views:
-                every = samples.cameras(path, collections.defaultdict(list))[1]
-                chosen = (c2w[:, None] == every).all(3).all(2).int().argmax(1).tolist()
-                cells.insert(0, draw_orbit(every, chosen, size))
-            drawn.append((cells, caption))
-    if not drawn:
-        raise ValueError(f"{folder}: nothing to train on: {told(samples.faults)}")
-    page = Image.new("RGB", (max(len(cells) for cells, _ in drawn) * size + 300,
-                             len(drawn) * (size + 4)), "white")
-    for y, (cells, caption) in zip(range(0, page.height, size + 4), drawn):
+        if y == page.height:
+            continue
+        cells = [Image.fromarray(image.movedim(0, -1).numpy()) for image in images]
+        if views:
+            every = samples.cameras(path, collections.defaultdict(list))[1]
+            chosen = (c2w[:, None] == every).all(3).all(2).int().argmax(1).tolist()
+            cells.insert(0, draw_orbit(every, chosen, size))
         for x, cell in enumerate(cells):
             page.paste(cell, (x * size, y))
-        ImageDraw.Draw(page).text((len(cells) * size + 8, y + size // 2), caption[:45], "black")
+        pen.text((len(cells) * size + 8, y + size // 2), caption[:45], "black")
+        y += size + 4
+    if y == 0:
+        raise ValueError(f"{folder}: nothing to train on: {told(samples.faults)}")
     Path(sheet).parent.mkdir(parents=True, exist_ok=True)
-    page.save(sheet)
+    page.crop((0, 0, page.width, y)).save(sheet)
     return str(samples)

@@ -25,6 +25,7 @@ Run the same command again to go on where a run stopped: every random draw is a 
 and the step, so a resumed run is the unbroken run, on any number of GPUs.
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -65,8 +66,7 @@ RUNS = {            # what is trained on, and what that needs unless flags say o
     "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
     "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
 
-# Steps of each stage as shares of --steps.
-AUTOENCODER, BASE = 0.22, 0.16                  # the joint stage takes the rest
+AUTOENCODER, BASE = 0.22, 0.16      # stages as shares of --steps; the joint stage takes the rest
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -183,11 +183,10 @@ def stage_of(step, args):
 def train(model, source, args):
     """All stages; the result is in the model and in args.out."""
     device, gpu = args.device, args.gpu
-    # Beside new 3D attention, the old self-attention stays as it is.
-    fixed = ".attn1." if args.model and args.attention == "new3d" else "none"
+    # Beside new 3D attention, a model's 2D attention stays as it is.
+    frozen = args.model and model.unet.config.attention == "new3d"
     theta = [p for network in (model.unet, model.text_encoder)[:1 + args.train_text]
-             for name, p in network.named_parameters() if fixed not in name]
-    groups = {"autoencoder": list(model.vae.parameters()), "diffusion": theta}
+             for name, p in network.named_parameters() if not (frozen and ".attn1." in name)]
     keep = preservation(theta, args.preserve) if args.dreambooth else lambda: 0
     if gpu:
         torch.backends.cudnn.benchmark = True                           # shapes never change
@@ -200,9 +199,8 @@ def train(model, source, args):
 
     autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16)
     compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
-    phase, optimizer, ema, losses, began = None, None, None, [], time.time()
-    saved = began
-    start, state = load_checkpoint(model, args)
+    losses, began = collections.defaultdict(list), time.time()
+    saved, (start, state) = began, load_checkpoint(model, args)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training",
                unit="step", disable=args.rank > 0)
     stop = []                                 # Ctrl-C lets the step end: what is saved is of one
@@ -212,20 +210,27 @@ def train(model, source, args):
         stage, mode = stage_of(step, args)
 
         # A phase begins: its own weights, optimizer and moving average.
-        if phase != (phase := "autoencoder" if stage == "autoencoder" else "diffusion"):
-            if phase == "diffusion" and ema is not None:
-                swap(groups["autoencoder"], ema)                      # the average is what we keep
+        if step in (start, args.autoencoder_steps):
+            if step > start:                                          # the autoencoder is done, its
+                swap(parameters, ema)                                 # average is what we keep
                 g = torch.Generator(device).manual_seed(args.seed)
                 standardise(model, [source.images(args.batch, g) for _ in range(4)])
-            first = args.autoencoder_steps if phase == "diffusion" else 0
-            count = (args.steps if phase == "diffusion" else args.autoencoder_steps) - first
-            model.requires_grad_(False)
-            parameters = [p.requires_grad_() for p in groups[phase]]
-            objective = compiled(autoencoder_loss)
-            if phase == "diffusion":
-                objective = parallel(Loss(model, compiled(diffusion_loss), keep), args)
+            if mode is None:
+                first, end, parameters = 0, args.autoencoder_steps, [*model.vae.parameters()]
+                objective = compiled(autoencoder_loss)
+            else:
+                first, end, parameters = args.autoencoder_steps, args.steps, theta
+                objective = Loss(model, compiled(diffusion_loss), keep)
                 with autocast(enabled=gpu and source.half):
                     source.begin(compiled(model.vae.encode))
+            model.requires_grad_(False)
+            for p in parameters:
+                p.requires_grad_()
+            if args.ranks > 1 and mode:     # average gradients while the backward pass goes on, 200
+                objective = DistributedDataParallel(    # MB at a time; torch.compile's graphs too
+                    objective, broadcast_buffers=False, bucket_cap_mb=200,
+                    gradient_as_bucket_view=True,       # 2D steps leave the camera's layers unused
+                    find_unused_parameters=args.mix < 1 or args.base_steps > 0)
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=gpu)  # decay 0.01
             ema = [p.detach().clone() for p in parameters]
             if state:
@@ -239,10 +244,10 @@ def train(model, source, args):
             with autocast(enabled=gpu), contextlib.nullcontext() if meet else objective.no_sync():
                 loss = objective(*draw(model, source, mode, step, part, args))
             (loss / len(parts)).backward()
-            losses.append((mode or "vae", loss.detach()))
+            losses[mode or "vae"].append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - first, count, args.lr, args.floor)
+            group["lr"] = learning_rate(step - first, end - first, args.lr, args.floor)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():                                         # moving average, warmed up
@@ -251,8 +256,7 @@ def train(model, source, args):
 
         # Report. Reading the losses waits for the device, so it is done every 50 steps.
         if step % args.report == args.report - 1 or step == args.steps - 1:
-            means = {k: torch.stack([v for m, v in losses if m == k]).mean().item()
-                     for k in sorted({m for m, _ in losses})}
+            means = {k: torch.stack(v).mean().item() for k, v in sorted(losses.items())}
             losses.clear()
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"the loss became {means} at step {step}: lower --lr, and "
@@ -271,28 +275,17 @@ def train(model, source, args):
             if stop:
                 bar.close()
                 sys.exit(f"Stopped after step {step + 1}; the same command goes on from there.")
-        if phase == "diffusion" and (step + 1) % args.sample_every == 0:
+        if mode and (step + 1) % args.sample_every == 0:
             swap(parameters, ema)
             sample_sheet(model, args.out / f"samples_{step + 1:06d}.png", source.prompts)
             swap(parameters, ema)
     swap(parameters, ema)
 
 
-def parallel(objective, args):
-    """Average the gradients over the ranks while the backward pass goes on, 200 MB at a time
-    (torch.compile cuts its graph there too). 2D steps leave the camera's layers unused."""
-    return objective if args.ranks == 1 else DistributedDataParallel(
-        objective, broadcast_buffers=False, bucket_cap_mb=200, gradient_as_bucket_view=True,
-        find_unused_parameters=args.mix < 1 or args.base_steps > 0)
-
-
-@torch.no_grad()
 def swap(parameters, ema):
-    """Exchange the weights with their moving average, in place; twice is nothing."""
+    """Exchange the weights with their moving average; twice is nothing."""
     for p, e in zip(parameters, ema):
-        p_old = p.clone()
-        p.copy_(e)
-        e.copy_(p_old)
+        p.data, e.data = e.data, p.data
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -327,13 +320,12 @@ def load_checkpoint(model, args):
         raise ValueError(
             f"{path} was made with another --{changed[0].replace('_', '-')}: repeat the old value "
             f"({state['settings'].get(changed[0])}) or take another --out")
-    sizes, saved = ({k: tuple(v.shape) for k, v in d.items()}
-                    for d in (model.state_dict(), state["model"]))
-    other = [k for k in sizes | saved if sizes.get(k) != saved.get(k)]
-    if other:
-        raise ValueError(f"{path} holds a model of other sizes ({other[0]}: {saved.get(other[0])}, "
-                         f"here {sizes.get(other[0])}): take another --out, or the model of then")
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} holds a model of other sizes ({first:.200}): take another --out, "
+                         "or the model of then") from error
     return state["step"], state
 
 
@@ -377,9 +369,9 @@ def parse(argv=None):
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
     args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"
-    args.rank, args.ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    here = "cuda:" + os.environ["LOCAL_RANK"] if args.ranks > 1 else "cuda"
-    args.device = args.device or (here if torch.cuda.is_available() else "cpu")
+    args.rank, args.ranks, here = (int(os.environ.get(key, value)) for key, value in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))                     # as torchrun says
+    args.device = args.device or (f"cuda:{here}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
@@ -416,11 +408,9 @@ def refuse(args):
             (args.steps < 10, f"--steps {args.steps}: the three stages need at least 10 steps"),
             (args.lr <= 0, f"--lr {args.lr}: a learning rate is above 0"),
             (not 0 <= args.mix <= 1, f"--mix {args.mix} is a probability: between 0 and 1"),
-            (args.batch < 1 or args.batch % unit,
-             f"--batch {args.batch} cannot be divided into sets of {VIEWS} views"),
             (args.micro < 1 or args.micro % unit or args.ranks * args.accumulate * args.micro
              != args.batch, f"--batch {args.batch} on {args.ranks} devices cannot be divided into "
-             f"--micro {args.micro} pictures at a time, a multiple of {unit}"),
+             f"--micro {args.micro} pictures at a time, in sets of {unit}"),
             (args.kind != "toy" and not args.model, "--data, --images, --dreambooth go on from a "
              "model: say which with --model (weights/tiny, or Stable Diffusion 2.1's)"),
             (args.dreambooth and (args.data or args.images), "--dreambooth takes photos alone: "
@@ -469,8 +459,8 @@ def main(argv=None):
     source = (ToyPool(model, args) if args.kind == "toy" else
               Photos(model, args) if args.kind == "photos" else
               Folders(model, args, functools.partial(plan, args)))
-    if args.rank == 0 and args.kind != "toy":
-        print(source)
+    if args.rank == 0 and source.kinds:
+        print(*source.kinds.values(), sep="\n")
     train(model, source, args)
     if source.broken:
         print(f"{len(source.broken)} left out while training, such as: {min(source.broken)}")

@@ -18,7 +18,7 @@ import time
 import torch
 
 import data
-from metrics import error, foreground, iou, janus, psnr
+from metrics import error, foreground, iou, janus, psnr, toy_prompts
 from mvdream import MVDream
 
 ROWS = {"seen": "seen in 3D", "combination": "combinations never seen anywhere",
@@ -61,7 +61,7 @@ def plain(category, color):
 
 @torch.no_grad()
 def evaluate(model, row, num, steps, guidance, device, seed=0):
-    captions = data.toy_prompts(row, num, seed)
+    captions = toy_prompts(row, num, seed)
     g = torch.Generator().manual_seed(seed)
     elevation = 5 + 20 * torch.rand(len(captions), 1, generator=g)
     azimuth = 60 * torch.rand(len(captions), 1, generator=g) - 30 + 90 * torch.arange(4)

@@ -26,7 +26,7 @@ import torch
 import data
 import generate
 import sds
-from metrics import iou, janus, psnr
+from metrics import iou, janus, psnr, toy_prompts
 from mvdream import MVDream, train_tokenizer
 
 CAMERAS = data.look_at_origin(torch.tensor([5.0, 15.0, 25.0]).repeat(4),
@@ -169,7 +169,7 @@ def main(argv):
              for name, value in zip(rest[::2], rest[1::2])]
     preset = args.preset or ("tiny-gpu" if args.device.startswith("cuda") else "tiny-cpu")
     s = generate.with_values(sds.PRESETS[preset], given)
-    captions = data.toy_prompts(args.row, args.prompts, args.seed)
+    captions = toy_prompts(args.row, args.prompts, args.seed)
     print(f"{preset} {' '.join(given)}: {len(captions)} prompts, {args.row}, on {args.device}")
     rows = {"median": s} if args.ablate is None else {
         f"{name}, guidance {guidance:g}": replace(s, guidance=guidance, **change)

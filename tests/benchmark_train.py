@@ -39,7 +39,7 @@ import sources
 import train
 from benchmark_model import TINY, build
 from benchmark_quality import agreement, border, evaluate, generate, save_sheet
-from metrics import psnr
+from metrics import psnr, toy_prompts
 from mvdream import MVDream, train_tokenizer
 from unet import UNet
 
@@ -160,7 +160,7 @@ def write_sets(folder, count, size, device):
             Image.fromarray(picture).save(place / frame["file_path"])
         (place / "transforms.json").write_text(json.dumps({"frames": frames}))
         (place / "caption.txt").write_text(caption)
-    captions, c2w = data.toy_prompts("seen", count), data.orbit_cameras(8)
+    captions, c2w = toy_prompts("seen", count), data.orbit_cameras(8)
     with ThreadPoolExecutor(16) as pool:
         for i in range(0, count, 8):
             out = data.toy_render(captions[i:i + 8], c2w, size=size, supersample=1, device=device)
@@ -268,7 +268,7 @@ def make_base(options):
         pool = train.ToyPool(model.to(args.device), args)
         train.train(model, pool, args)
     model.save_pretrained(args.out)
-    torch.save({k: getattr(pool, k) for k in ("latents", "cameras", "tokens")}, args.out / "pool.pt")
+    torch.save({k: getattr(pool, k) for k in ("latents", "cameras", "y")}, args.out / "pool.pt")
     print(f"base: {time.time() - start:.0f} s", flush=True)
 
 
@@ -321,7 +321,7 @@ def subject(caption, c2w, background):
     main = (colors[0] == torch.tensor(data.COLORS[data.HUES[spec[0, 1]]])).all(-1)
     low = geometry[0, :, 11] < -0.1
     colors[0, main & low], colors[0, main & ~low] = torch.tensor([[[.05, .45, .45]], [[.75, .95, .35]]])
-    return data.render((geometry, colors), c2w, data.TOY_FOV, data.TOY_DISTANCE, 128, background)[0]
+    return data.render((geometry, colors), c2w, data.TOY_FOV, 128, background)[0]
 
 
 def resemblance(model, prompt, caption, options, seeds=4):

@@ -1,9 +1,27 @@
-"""Measures of pictures against the toy world's truth, each said in one line.
+"""What the toy world's benchmarks ask for, and measures of pictures against its truth.
 
 Pictures are (B, V, H, W, 3) in [0, 1], V views of each of B objects; every measure is (B,).
 """
 import torch
 import torch.nn.functional as F
+
+import data
+
+
+def toy_prompts(row, num, seed=0):
+    """num different captions, every colour said, of one row of the quality table: "seen" in 3D;
+    "combination", never seen, of things seen; a main "colour" or a "category" seen only in 2D."""
+    specs, weight = data.all_specs()
+    split, flat = data.splits(specs), data.is_flat(specs)
+    name, main, part = flat[:, 0], flat[:, 1], flat[:, 2:].any(1)
+    rows = {"seen": split == 0, "combination": (split == 2) & ~flat.any(1),
+            "colour": (split == 1) & ~name & main & ~part,
+            "category": (split == 1) & name & ~main & ~part}
+    if row not in rows:
+        raise ValueError(f"there are no prompts of the row {row!r}: choose from {', '.join(rows)}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(weight * rows[row], num, generator=generator)
+    return [data.format_caption(spec) for spec in specs[chosen].tolist()]
 
 
 def error(pictures, truth):

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
+from metrics import toy_prompts
 
 ALL, _ = data.all_specs()
 FLAT_WORDS = data.FLAT_CATEGORIES + data.FLAT_COLORS
@@ -251,7 +252,6 @@ def test_split_is_the_documented_rule():
     assert 0.17 < (split == 2).float().mean() < 0.23
     for spec, s in zip(ALL[::13].tolist(), split[::13].tolist()):
         words = data.format_caption(spec).split()
-        assert data.split_of(tuple(spec)) == data.SPLITS[s]
         assert s == 2 or (s == 1) == any(word in FLAT_WORDS for word in words)
     never = [(split[ALL[:, 0] == i] == 2).float().mean() for i in range(len(data.NAMES))]
     assert min(never) > 0 and max(never) < 0.45                   # the hash spares no category
@@ -259,17 +259,17 @@ def test_split_is_the_documented_rule():
 
 def test_training_never_sees_what_it_must_not():
     split = data.splits(ALL)
-    for allowed, weight in (("3d",), split == 0), (("3d", "2d"), split < 2):
+    for allowed, weight in ({0}, split == 0), ({0, 1}, split < 2):
         specs, captions = data.draw(4000, weight, seeded(4))
-        assert {data.split_of(tuple(spec)) for spec in specs.tolist()} == set(allowed)
-        if allowed == ("3d",):
+        assert {*data.splits(specs).tolist()} == allowed
+        if allowed == {0}:
             assert not any(word in FLAT_WORDS for caption in captions for word in caption.split())
     assert len({data.NAMES[i] for i in specs[:, 0]}) == len(data.NAMES)
 
 
 def test_toy_views_hold_only_3d(monkeypatch):
     """The whole way through toy_views, without the rendering."""
-    blank = lambda objects, c2w, *_: (torch.zeros(len(c2w), 2, 2, 3), None, None)
+    blank = lambda objects, c2w, *_: (torch.zeros(len(c2w), 2, 2, 3), None)
     monkeypatch.setattr(data, "render", blank)
     _, _, captions = data.toy_views(3000, generator=seeded(5))
     said = 0
@@ -278,25 +278,25 @@ def test_toy_views_hold_only_3d(monkeypatch):
         assert caption.endswith(", 3d asset") and not any(word in FLAT_WORDS for word in words)
         said += any(hue in words for hue in data.HUES)
     assert 0.9 < said / 3000 < 0.99                               # now and then one is left out
-    _, captions = data.toy_pictures(3000, size=2, generator=seeded(6))
+    _, _, captions = data.toy_pictures(3000, size=2, generator=seeded(6))
     words = {word for caption in captions for word in caption.split()}
     assert words >= {*data.NAMES, *data.HUES} and "3d" not in words
 
 
 def test_toy_prompts():
-    wanted = {"seen": "3d", "combination": "never", "colour": "2d", "category": "2d"}
+    wanted = {"seen": 0, "combination": 2, "colour": 1, "category": 1}
     for row, split in wanted.items():
-        prompts = data.toy_prompts(row, 64)
-        assert len(set(prompts)) == 64 and prompts == data.toy_prompts(row, 64)
-        assert prompts != data.toy_prompts(row, 64, seed=1)
+        prompts = toy_prompts(row, 64)
+        assert len(set(prompts)) == 64 and prompts == toy_prompts(row, 64)
+        assert prompts != toy_prompts(row, 64, seed=1)
         specs = torch.tensor([data.parse_caption(prompt) for prompt in prompts])
-        assert {data.split_of(tuple(spec)) for spec in specs.tolist()} == {split}
+        assert {*data.splits(specs).tolist()} == {split}
         flat = data.is_flat(specs)
         assert (flat[:, 0] == (row == "category")).all()
         assert (flat[:, 1] == (row == "colour")).all()
         assert not flat[:, 2:].any()
     with pytest.raises(ValueError, match="no prompts of the row 'color'"):
-        data.toy_prompts("color", 4)
+        toy_prompts("color", 4)
 
 
 # ---- The sets ------------------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def test_toy_views_are_the_truth_of_their_captions():
 
 
 def test_toy_pictures():
-    images, captions = data.toy_pictures(8, size=32, generator=seeded(9))
-    assert images.shape == (8, 3, 32, 32) and len(captions) == 8
+    images, c2w, captions = data.toy_pictures(8, size=32, generator=seeded(9))
+    assert images.shape == (8, 3, 32, 32) and c2w is None and len(captions) == 8
     assert images.min() >= -1 and images.max() <= 1
     assert images.flatten(2).std(2).mean() > 0.1
     backgrounds = data.draw_backgrounds(600, 16, seeded(10))
@@ -356,10 +356,13 @@ def test_truth_agrees_between_views():
     scaled = c2w.clone()
     scaled[:, :3, 3] *= data.TOY_DISTANCE
     origins, directions = data.camera_rays(scaled, data.TOY_FOV, 64, 64)
-    solid = out["opacity"][0, 0, ..., 0] == 1
-    points = (origins[0] + out["depth"][0, 0] * directions[0])[solid]
-    assert (points.norm(dim=1) < 0.93).all()
     objects = data.build(torch.tensor([data.parse_caption("a red car with blue wheels")]))
+    _, depth = data.trace(*objects, scaled[:1, :3, 3], directions[:1].flatten(1, 2))
+    depth = depth.view(64, 64, 1)
+    solid = out["opacity"][0, 0, ..., 0] == 1
+    assert torch.equal(solid, depth[..., 0].isfinite()) and solid.sum() > 100
+    points = (origins[0] + depth * directions[0])[solid]
+    assert (points.norm(dim=1) < 0.93).all()
     rays = points - scaled[1, :3, 3]
     far = rays.norm(dim=1)
     rgb, seen = data.trace(*objects, scaled[1:, :3, 3], (rays / far[:, None])[None])

@@ -118,20 +118,33 @@ def test_names_in_words(name, caption):
 
 
 def test_models_and_where_their_captions_come_from(tmp_path):
-    for name in "b/table.obj", "chair.glb", "chair.obj", "lamp.GLTF", "notes.md", "sofa.obj":
+    for name in ("b/table.obj", "chair.glb", "chair.obj", "chair/leg.obj", "lamp.GLTF", "notes.md",
+                 "sofa.obj"):
         write_obj(tmp_path / name)
     (tmp_path / "captions.csv").write_text('b/table,"a table, round"\nsofa,a soft sofa\n')
     (tmp_path / "lamp.txt").write_text("a lamp that is lit\n")
     found = render.find_models(tmp_path, tmp_path / "unpacked")
     assert {name: caption for name, (*_, caption) in found.items()} == {
-        "b/table": "a table, round", "chair": "a chair", "chair.obj": "a chair",
-        "lamp": "a lamp that is lit", "sofa": "a soft sofa"}
-    assert list(render.find_models(tmp_path / "sofa.obj", tmp_path / "unpacked")) == ["sofa"]
+        "b/table.obj": "a table, round", "chair.glb": "a chair", "chair.obj": "a chair",
+        "chair/leg.obj": "a leg", "lamp.GLTF": "a lamp that is lit", "sofa.obj": "a soft sofa"}
+    assert list(render.find_models(tmp_path / "sofa.obj", tmp_path / "unpacked")) == ["sofa.obj"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no model found"):
         render.find_models(tmp_path / "empty", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         render.find_models(tmp_path / "nowhere", tmp_path)
+
+
+def test_no_two_models_meet_and_a_new_one_renames_none(tmp_path):
+    held = []
+    for name in "a.obj", "a.glb", "a.obj.glb", "a/b.obj", "b.obj", "x/a.obj", "y/a.obj", "x.obj":
+        write_obj(tmp_path / name)
+        before, held = held, list(render.find_models(tmp_path, tmp_path / "unpacked"))
+        assert len(held) == len(before) + 1 and {*held} == {*before, name}
+    folders = [Path(name) for name in held]                # no view set lies within another
+    assert not any(a in b.parents for a in folders for b in folders)
+    (tmp_path / "out" / "a.obj").mkdir(parents=True)       # OUT lies in MODELS, and is no model
+    assert {*render.find_models(tmp_path, tmp_path / "unpacked")} == {*held}
 
 
 def test_a_library_gives_models_names_and_turns(tmp_path):
@@ -141,11 +154,11 @@ def test_a_library_gives_models_names_and_turns(tmp_path):
                   ["a/chair/chair.obj", "b/lamp.obj", "../outside.obj"])
     found = render.find_models(tmp_path / "Shop.sh3f", tmp_path / "unpacked")
     assert {name: caption for name, (*_, caption) in found.items()} == {
-        "Shop/chair_1": "an armchair", "Shop/lamp_2": "a lamp"}
+        "Shop.sh3f/chair_1": "an armchair", "Shop.sh3f/lamp_2": "a lamp"}
     assert all(path.is_file() for path, *_ in found.values())
     assert not any((folder / "outside.obj").exists() for folder in (tmp_path, tmp_path.parent))
     # A file of z up is turned to y up first, (x, y, z) -> (x, z, -y), then to our (-y, x, z).
-    assert (found["Shop/lamp_2"][1] @ (1, 2, 3)).tolist() == [-2, 1, 3]
+    assert (found["Shop.sh3f/lamp_2"][1] @ (1, 2, 3)).tolist() == [-2, 1, 3]
     write_library(tmp_path / "Evil.sh3f", "name#1=Evil\nmodel#1=/../../evil.obj\n")
     (tmp_path / "Bad.sh3f").write_text("no zip")
     for name, words in ("Evil", "leads out of"), ("Bad", "no furniture library"):
@@ -182,9 +195,28 @@ def run(*args, **more):
 def test_what_is_wrong_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--views must be at least 4"):
         render.main([str(tmp_path), str(tmp_path / "out"), "--views", "3"])
+    with pytest.raises(ValueError, match="holds the models themselves"):
+        render.main([str(tmp_path), str(tmp_path)])
     monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`pip install bpy`, in the matching Python version"):
         render.main([str(tmp_path), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("flags", [["--views", "16"], ["--size", "32"]])
+def test_other_views_than_those_that_are_there_are_refused(tmp_path, monkeypatch, flags):
+    write_obj(tmp_path / "in" / "a.obj")
+    write_obj(tmp_path / "in" / "b.obj")
+    (tmp_path / "out" / "b.obj").mkdir(parents=True)
+    (tmp_path / "out" / "b.obj" / "transforms.json").write_text(json.dumps(
+        {"w": 64, "h": 64, "frames": [{}] * 8}))
+    monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: True)
+    work = lambda work, jobs, count: ((job, None) for job in jobs)
+    monkeypatch.setattr(render, "in_workers", work)
+    same = [str(tmp_path / "in"), str(tmp_path / "out"), "--views", "8", "--size", "64"]
+    render.main(same)                                            # the same again is no fault
+    with pytest.raises(ValueError, match="b.obj has 8 views of 64 pixels.*another OUT") as error:
+        render.main([*same, *flags])
+    assert "\n" not in str(error.value)
 
 
 def seen(path, size):
@@ -215,8 +247,8 @@ def test_pictures_are_what_our_rays_see(tmp_path):
     (tmp_path / "in" / "empty.obj").write_text("v 1 2 3\n")
     result = run(tmp_path / "in", tmp_path / "out", "--views", 8, "--size", 64, "--jobs", 1)
     assert result.returncode == 0, result.stderr
-    assert "out: 2 objects, 2 broken" in result.stdout and "skipped broken: " in result.stdout
-    assert "skipped empty: it has no faces of any size" in result.stdout
+    assert "out: 2 objects, 2 broken" in result.stdout and "skipped broken.glb: " in result.stdout
+    assert "skipped empty.obj: it has no faces of any size" in result.stdout
     sets = sources.ViewSets(tmp_path / "out", size=64)
     assert [caption for _, caption in sets.items] == ["an other", "a red tip"] and not sets.faults
     for path, caption in sets.items:
@@ -230,11 +262,12 @@ def test_pictures_are_what_our_rays_see(tmp_path):
             assert caption == "an other" or color[0] > 100 > 20 > color[1:].max()    # no magenta
 
     # The same command does what is left, and nothing twice.
-    before = (tmp_path / "out" / "red_tip" / "000.png").stat().st_mtime_ns
-    (tmp_path / "out" / "other").rename(tmp_path / "first")
+    before = (tmp_path / "out" / "red_tip.obj" / "000.png").stat().st_mtime_ns
+    (tmp_path / "out" / "other.glb").rename(tmp_path / "first")
     run(tmp_path / "in", tmp_path / "out", "--views", 8, "--size", 64, "--jobs", 1)
-    assert (tmp_path / "out" / "red_tip" / "000.png").stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "red_tip.obj" / "000.png").stat().st_mtime_ns == before
     first, again = ((folder / "transforms.json").read_text()
-                    for folder in (tmp_path / "first", tmp_path / "out" / "other"))
+                    for folder in (tmp_path / "first", tmp_path / "out" / "other.glb"))
     assert first == again
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["other", "red_tip"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["other.glb",
+                                                                           "red_tip.obj"]

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+import sources
 import train
 from mvdream import MVDream, Schedule, train_tokenizer
 from test_sources import write_object, write_picture
@@ -260,6 +262,19 @@ def test_parts_and_recomputing_change_nothing(world, tmp_path):
     assert (whole - parts).norm() < 0.02 * (whole - start).norm()    # Adam's first steps are signs
 
 
+def test_the_number_of_views_is_one_constant(world, tmp_path, monkeypatch):
+    for module in sources, train:
+        monkeypatch.setattr(module, "VIEWS", 2)
+    asked, loss = set(), train.diffusion_loss
+    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: asked.add(inputs[-1]) or loss(*inputs))
+    tune(world, tmp_path / "folders", "--batch", "6")                # no multiple of four
+    train.main(["--model", str(world / "model"), "--steps", "12", "--batch", "6", "--sets", "3",
+                "--device", "cpu", "--out", str(tmp_path / "toy")])
+    assert asked == {1, 2}
+    with Image.open(tmp_path / "toy" / "samples.png") as sheet:
+        assert sheet.size == (2 * 16, 6 * 16)                        # the views of six prompts
+
+
 def torchrun(ranks, command):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                            "--standalone", "train.py", *command], cwd=ROOT, text=True,
@@ -333,7 +348,10 @@ def test_a_model_goes_on_in_the_toy_world_with_another_attention(world, tmp_path
     assert moved and not any("attn1" in k for k in moved)            # the 2D attention is frozen
     assert all(block.attn3.to_out[0].weight.abs().max() > 0 for block in new.modules()
                if isinstance(block, train.TransformerBlock))
-    assert go_on(tmp_path / "new", "more").config.attention == "new3d"       # the model's own
+    more, new = go_on(tmp_path / "new", "more"), new.state_dict()            # the model's own
+    moved = {k for k, v in more.state_dict().items() if not torch.equal(v, new[k])}
+    assert more.config.attention == "new3d" and any("attn3" in k for k in moved)
+    assert not any("attn1" in k for k in moved)
 
 
 def test_shares_of_a_step():
