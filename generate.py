@@ -285,7 +285,8 @@ def plan(args, model, prompt):
 
 def make(args, model, prompt):
     """All files of one prompt, less those that are there."""
-    from nerf import NeRF, write_glb
+    from mesh import write_glb
+    from nerf import NeRF
     s, how, record = plan(args, model, prompt)
     folder, took = folder_for(args.out, prompt, record), []
     views, nerf, turntable, mesh = (

@@ -260,15 +260,19 @@ class Schedule(nn.Module):
 # Both samplers go from noise to x0: denoise(x, t) -> x0. At the first time t the mean of x_t is not
 # 0 but sqrt(abar) E[x0], and sqrt(abar) is 0.07 or more: they start there.
 
-def ddim(denoise, start, mean, abar, steps):
-    """DDIM: to the predicted x0, and back to the noise level before. Times as released: from 1 on,
-    1000 // steps apart (so 30 steps are 31); the last goes to abar[0]."""
+def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
+    """DDIM: to the predicted x0, and back to the noise level before, a part of the noise fresh.
+
+    Times as released: from 1 on, 1000 // steps apart (so 30 steps are 31); the last goes to abar[0].
+    """
     times = [*reversed(range(1, 1000, 1000 // steps)), 0]
     x = start + abar[times[0]] ** 0.5 * mean
     for t, t_next in zip(times, times[1:]):
-        x0 = denoise(x, t)
-        noise = (x - abar[t] ** 0.5 * x0) / (1 - abar[t]) ** 0.5
-        x = abar[t_next] ** 0.5 * x0 + (1 - abar[t_next]) ** 0.5 * noise
+        a, a_next, x0 = abar[t], abar[t_next], denoise(x, t)
+        noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5
+        s = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5            # of fresh noise
+        x = a_next ** 0.5 * x0 + (1 - a_next - s ** 2) ** 0.5 * noise
+        x = x + s * randn() if eta else x
     return x
 
 
@@ -373,20 +377,21 @@ class MVDream(nn.Module):
             size=None,              # of the pictures, in pixels; None = the model's own
             seed=0,                 # prompt b starts from the noise of seed + b in any batch
             latents=None,           # (B, V, 4, h, w): noise to start from instead
+            eta=0.0,                # DDIM's fresh noise: 0 = none, 1 = as much as DDPM
             sampler="ddim",         # or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
             decode=True):
         """-> pictures (B, V, 3, H, W) in [-1, 1], or latents (B, V, 4, h, w) with decode=False"""
         B, V, device = len(prompts), 1 if cameras is None else cameras.shape[-3], self.device
         size, f = size or self.image_size, self.image_size // self.latent_size
         cell = f * 2 ** (len(self.unet.config.channel_mult) - 1)
-        solver = {"ddim": ddim, "dpm": dpm_solver}.get(sampler)
-        if not 1 <= steps <= 999 or size % cell or not solver:
+        if not 1 <= steps <= 999 or size % cell or sampler not in ("ddim", "dpm"):
             raise ValueError(f"steps {steps}, size {size}, sampler {sampler}: wanted are 1 to 999, "
                              f"a multiple of {cell}, ddim or dpm")
-        if latents is None:                         # from the CPU: the same on every device
-            shape = (V, self.vae.config.z_channels, size // f, size // f)
-            latents = torch.stack([torch.randn(
-                shape, generator=torch.Generator().manual_seed(seed + b)) for b in range(B)])
+        shape = (V, self.vae.config.z_channels, size // f, size // f)
+        generators = [torch.Generator().manual_seed(seed + b) for b in range(B)]
+
+        def randn():                                # on the CPU: the same on every device
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
         halves = 1 if guidance_scale == 1 else 2    # first the text's, then the negative's, as SDS
         context = self.encode_text(list(prompts) + [negative_prompt] * (B * (halves - 1)))
@@ -404,9 +409,10 @@ class MVDream(nn.Module):
             r = (x0_text.flatten(1).std(1) / x0.flatten(1).std(1)).view(B, 1, 1, 1, 1)
             return rescale * r * x0 + (1 - rescale) * x0 if rescale else x0     # one r a set
 
-        noise = latents.to(device, torch.float32)
+        noise = randn() if latents is None else latents.to(device, torch.float32)
         mean = self.latent_mean.to(noise)[:, None, None]
-        x0 = solver(denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps)
+        start = denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps
+        x0 = dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
         return self.decode_latents(x0.flatten(0, 1)).unflatten(0, (B, V)) if decode else x0
 
     def accelerate(self, compile=None):

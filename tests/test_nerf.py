@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import hashgrid
+import mesh
 import nerf
 from nerf import NeRF, NeRFConfig, hash_encode
 
@@ -456,14 +457,14 @@ def test_every_case_of_a_tetrahedron():
     for case in range(1, 256):
         sigma = torch.zeros(4, 4, 4)
         sigma[1:3, 1:3, 1:3] = torch.tensor([float(case >> i & 1) for i in range(8)]).view(2, 2, 2)
-        vertices, faces = nerf.marching_tetrahedra(sigma, 0.5)
+        vertices, faces = mesh.marching_tetrahedra(sigma, 0.5)
         edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
         there, back = edges @ torch.tensor([1000, 1]), edges @ torch.tensor([1, 1000])
         assert torch.equal(there.sort().values, back.sort().values) and volume(vertices, faces) > 0
 
 
 def test_sphere_is_closed_outward_and_right():
-    vertices, faces = nerf.marching_tetrahedra(ball(), 0.0)
+    vertices, faces = mesh.marching_tetrahedra(ball(), 0.0)
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     there, back = edges @ torch.tensor([len(vertices), 1]), edges @ torch.tensor([1, len(vertices)])
     assert len(there.unique()) == len(there)                        # each edge once each way
@@ -476,11 +477,11 @@ def test_sphere_is_closed_outward_and_right():
 
 def test_specks_go():
     sigma = torch.maximum(ball(), ball(radius=0.06, centre=(0.9, 0.9, 0.9)))
-    vertices, faces = nerf.marching_tetrahedra(sigma, 0.0)
-    kept, faces = nerf.remove_specks(vertices, faces)
+    vertices, faces = mesh.marching_tetrahedra(sigma, 0.0)
+    kept, faces = mesh.remove_specks(vertices, faces)
     assert len(kept) < len(vertices) and (kept * (2 / 47) - 1).norm(dim=-1).max() < 0.75
     assert faces.max() == len(kept) - 1
-    empty = nerf.remove_specks(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long))
+    empty = mesh.remove_specks(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long))
     assert len(empty[0]) == len(empty[1]) == 0
 
 
@@ -500,7 +501,7 @@ def test_glb_and_obj_stand_upright_and_face_front(tmp_path):
     faces = torch.tensor([[0, 2, 1], [0, 3, 2], [1, 2, 3], [0, 1, 3]])
     assert volume(vertices, faces) > 0
     colors = torch.tensor([[1.0, 0.5, 0.0]]).expand(4, 3)
-    nerf.write_glb(tmp_path / "a.glb", vertices, faces, colors)
+    mesh.write_glb(tmp_path / "a.glb", vertices, faces, colors)
     raw = (tmp_path / "a.glb").read_bytes()
     assert struct.unpack("<4sII", raw[:12]) == (b"glTF", 2, len(raw))
     size, kind = struct.unpack("<I4s", raw[12:20])
@@ -523,7 +524,7 @@ def test_glb_and_obj_stand_upright_and_face_front(tmp_path):
     top = scene["accessors"][surface["attributes"]["POSITION"]]
     assert top["max"] == pytest.approx([.1, .9, .5]) and top["min"] == pytest.approx([-.1, 0, 0])
 
-    nerf.write_obj(tmp_path / "a.obj", vertices, faces, colors)
+    mesh.write_obj(tmp_path / "a.obj", vertices, faces, colors)
     lines = (tmp_path / "a.obj").read_text().splitlines()
     assert lines[3] == "v 0.00000 0.40000 0.50000 1.0000 0.5000 0.0000" and lines[4] == "f 1 3 2"
     assert sorted(os.listdir(tmp_path)) == ["a.glb", "a.obj"]
