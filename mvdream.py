@@ -4,7 +4,7 @@ Holds CLIP's tokenizer, the OpenCLIP text encoder, the KL autoencoder, the noise
 samplers, and MVDream, which puts them together (section 3.1). The autoencoder and the text encoder
 are Stable Diffusion 2.1's.
 
-    x0  a clean latent    x_t  the same, noised to step t    abar  alphas_cumprod, 1 -> 0 with t
+    x0  a clean latent    x_t  the same, noised to step t    abar  alphas_cumprod, .999 to .005
     alpha = sqrt(abar), sigma = sqrt(1 - abar):    x_t = alpha x0 + sigma noise
     B objects x V views = N pictures, the views of an object adjacent    f  pixels per latent cell
     c2w  a camera, its 4x4 camera-to-world matrix in the conventions of data.py
@@ -72,7 +72,8 @@ def train_tokenizer(captions, folder):
     encoding.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=49408, min_frequency=0, end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(pair) for pair in json.loads(encoding.to_str())["model"]["merges"]]
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # they stand for themselves
+    # GPT-2's alphabet: these bytes are their own letters, the other 68 get letters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
     tokens = enumerate(dict.fromkeys([*tokens, BOS, EOS]))
@@ -162,7 +163,7 @@ class VAEAttention(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))
-        if q.shape[1] <= 1024:      # so wide a head has only slow kernels, for large pictures
+        if q.shape[1] <= 1024:      # with one head of 512 fused kernels are slow; beyond, small
             y = (q @ k.mT / q.shape[2] ** 0.5).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -261,24 +262,24 @@ class Schedule(nn.Module):
 # 0 but sqrt(abar) E[x0], and sqrt(abar) is 0.07 or more: they start there.
 
 def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
-    """DDIM: to the predicted x0, and back to the noise level before, a part of the noise fresh.
+    """DDIM: to the predicted x0, and back to the next, lower noise level: the part eta drawn anew.
 
-    Times as released: from 1 on, 1000 // steps apart (so 30 steps are 31); the last goes to abar[0].
+    Times as released: from 1 on, 1000 // steps apart (30 steps are 31); the last goes to abar[0].
     """
     times = [*reversed(range(1, 1000, 1000 // steps)), 0]
     x = start + abar[times[0]] ** 0.5 * mean
     for t, t_next in zip(times, times[1:]):
         a, a_next, x0 = abar[t], abar[t_next], denoise(x, t)
         noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5
-        s = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5            # of fresh noise
-        x = a_next ** 0.5 * x0 + (1 - a_next - s ** 2) ** 0.5 * noise
-        x = x + s * randn() if eta else x
+        fresh = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # its deviation
+        x = a_next ** 0.5 * x0 + (1 - a_next - fresh ** 2) ** 0.5 * noise
+        x = x + fresh * randn() if eta else x
     return x
 
 
 def dpm_solver(denoise, start, mean, abar, steps):
-    """DPM-Solver++(2M): the ODE in lambda = log(alpha / sigma), its steps even in lambda, where x0
-    is extrapolated from two of them."""
+    """DPM-Solver++(2M): the ODE in lambda = log(alpha / sigma), in steps h even in lambda,
+    x' = sigma'/sigma x - alpha' (e^-h - 1) x0, with x0 extrapolated half a step ahead."""
     lam = [0.5 * math.log(a / (1 - a)) for a in abar]
     even = [lam[-1] + (lam[0] - lam[-1]) * i / steps for i in range(steps + 1)]
     times = sorted({min(range(1000), key=lambda t: abs(lam[t] - l)) for l in even}, reverse=True)
@@ -373,10 +374,10 @@ class MVDream(nn.Module):
             *, negative_prompt="",  # what to keep away from, the same for all
             steps=50,
             guidance_scale=7.5,     # 1 = none, at half the cost
-            rescale=0.0,            # 0 to 1: how far the guided x0 gets the prompt's own spread
+            rescale=0.0,            # phi of CFG rescale, 0 to 1; sds.rescale_contrast explains it
             size=None,              # of the pictures, in pixels; None = the model's own
             seed=0,                 # prompt b starts from the noise of seed + b in any batch
-            latents=None,           # (B, V, 4, h, w): noise to start from instead
+            latents=None,           # (B, V, 4, h, w): noise N(0, 1) to start from instead
             eta=0.0,                # DDIM's fresh noise: 0 = none, 1 = as much as DDPM
             sampler="ddim",         # or "dpm": DPM-Solver++(2M), good in 15 to 25 steps
             decode=True):
@@ -405,9 +406,11 @@ class MVDream(nn.Module):
             noise_text, noise_uncond = both[:B * V], both[-B * V:]
             guided = noise_uncond + guidance_scale * (noise_text - noise_uncond)
             x0 = self.schedule.predict_x0(x_t, t, guided).view_as(x)
+            if rescale == 0:
+                return x0
             x0_text = self.schedule.predict_x0(x_t, t, noise_text).view_as(x)
             r = (x0_text.flatten(1).std(1) / x0.flatten(1).std(1)).view(B, 1, 1, 1, 1)
-            return rescale * r * x0 + (1 - rescale) * x0 if rescale else x0     # one r a set
+            return rescale * r * x0 + (1 - rescale) * x0                        # one r a set
 
         noise = randn() if latents is None else latents.to(device, torch.float32)
         mean = self.latent_mean.to(noise)[:, None, None]
@@ -430,7 +433,7 @@ class MVDream(nn.Module):
         if compile is not None:
             torch.backends.cudnn.benchmark = True
             fast = [torch.compile(function, mode=compile, dynamic=False) for function in fast]
-        else:                                       # group norm is slow there in channels last
+        else:                       # uncompiled, group norm is slow in channels last: back there
             part = self.vae if self.device.type == "cuda" else self.vae.encoder
             part.to(memory_format=torch.contiguous_format)
         if self.device.type == "cuda":

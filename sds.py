@@ -7,11 +7,12 @@ on, the presets, one step, the loop. The model is passed in. Where the released 
 the paper, or this file from both, it is said on the spot.
 
     x, x_t   latents (N, 4, h, w) of the N rendered views, without and with noise
-    V, S     views in a set (one object from V sides at once), sets in a step; N = S V
+    V, B     views in a set (one object from V sides at once), sets in a step; N = B V
     t        diffusion time, 0 to 999, one for all views of a step; abar_t = alphas_cumprod[t]
     alpha, sigma     sqrt(abar), sqrt(1 - abar):   x_t = alpha x + sigma noise
-    noise, noise_hat what was added, what the guided model sees (the paper's eps, eps_hat)
-    x0_hat   the clean latents that the model sees: (x_t - sigma noise_hat) / alpha
+    noise, noise_hat what was added, what the guided model predicts (the paper's eps, eps_hat)
+    x0_hat   the target: (x_t - sigma noise_hat) / alpha, where asked thresholded, then rescaled
+    sg, w(t) no gradient passes (detach); a time's weight in the gradient that the papers give
     phi      `rescale`: how far x0_hat goes back to the contrast of the unguided prediction
 """
 import io
@@ -52,29 +53,30 @@ def rescale_contrast(x0, x0_text, phi, num_views):
     [V, C, h, w]. As released it is that of x0, where Lin et al. rescale the network's output.
     """
     guided, text = by_set(x0, num_views), by_set(x0_text, num_views)
-    r = (text.std(1, keepdim=True) + 1e-8) / (guided.std(1, keepdim=True) + 1e-8)       # (S, 1)
+    r = (text.std(1, keepdim=True) + 1e-8) / (guided.std(1, keepdim=True) + 1e-8)       # (B, 1)
     return (phi * r * guided + (1 - phi) * guided).view_as(x0)
 
 
 def dynamic_threshold(x0, x0_text, q, num_views):
-    """Imagen's: with s the q-quantile of |x0| in a set, clip(x0, -s, s) l / s, where s exceeds l.
+    """Imagen's: with s the q-quantile of |x0| in a set, clip(x0, -s, s) limit / s where s > limit.
 
-    For pixels l is 1. Latents have no bound: l is the same quantile of the unguided x0_text.
+    For pixels the limit is 1. Latents have none: it is the same quantile of the unguided x0_text.
     """
     guided = by_set(x0, num_views)
-    limit = by_set(x0_text, num_views).abs().quantile(q, dim=1, keepdim=True)             # (S, 1)
+    limit = by_set(x0_text, num_views).abs().quantile(q, dim=1, keepdim=True)             # (B, 1)
     s = guided.abs().quantile(q, dim=1, keepdim=True).maximum(limit)
     return (guided.clamp(-s, s) * limit / s).view_as(x0)
 
 
 def by_set(x, num_views):
-    """(N, C, h, w) -> (S, V C h w): a row holds all numbers of a set."""
+    """(N, C, h, w) -> (B, V C h w): a row holds all numbers of a set."""
     return x.reshape(len(x) // num_views, -1)
 
 
 # ---- The losses: weight |x - sg(x0_hat)|^2 / 2, summed over a view's latents, averaged over the N
-#      views. The gradient that the papers give is w(t) (noise_hat - noise), and as
-#      x - x0_hat = (sigma / alpha) (noise_hat - noise), the weight is w(t) alpha / sigma.
+#      views. Its gradient is weight (x - x0_hat) / N; the papers' is w(t) (noise_hat - noise). As
+#      x - x0_hat = (sigma / alpha) (noise_hat - noise), the weight is w(t) alpha / sigma. After a
+#      threshold or rescale, noise_hat is what x0_hat then stands for.
 
 
 def x0_loss(x, x0_hat, weight=1.0):
@@ -98,6 +100,9 @@ def sjc_loss(schedule, x, t, x0_hat):
     return x0_loss(x, x0_hat, alpha / sigma)
 
 
+LOSSES = {"x0": lambda schedule, x, t, x0_hat: x0_loss(x, x0_hat), "sds": sds_loss, "sjc": sjc_loss}
+
+
 # ---- The settings of a run -----------------------------------------------------------------------
 
 NEGATIVE = ("ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, "
@@ -113,21 +118,21 @@ class Settings:
     batch: tuple = (8, 4)               # N, a multiple of V: before, after the switch
     size: tuple = (64, 256)             # pixels of a rendered picture's side: before, after
     switch: float = 0.5                 # when batch, size and shading change: a part of the steps
-    loss: str = "x0"                    # or "sds", "sjc"
+    loss: str = "x0"                    # a key of LOSSES
     guidance: float = 50.0              # 1 = none, and half the work
-    rescale: float = 0.5                # phi; the paper's 0.7; 0.3 if noise floats about; 0 = off
+    rescale: float = 0.5                # phi; the paper's 0.7; 0.3 against floaters; 0 = off
     threshold: float = 0.0              # quantile of dynamic thresholding, as 0.995; 0 = off
     t_min: tuple = (980, 20)            # t is drawn from t_min to t_max, both included:
     t_max: tuple = (980, 500)           # start and end of their annealing
     anneal: float = 0.8                 # when that ends: a part of the steps
     negative: str = NEGATIVE
-    suffix: str = ""                    # behind the prompt; as released, views have it, objects not
+    suffix: str = ""                    # after the prompt; released: ", 3d asset" for views alone
     multiview: bool = True              # False: views one by one, no cameras: the Janus problem
     fov: tuple = (15.0, 60.0)           # range, degrees
     distance: tuple = (0.8, 1.0)        # range, in units of 1 / tan(fov / 2)
     elevation: tuple = (0.0, 30.0)      # range, degrees
-    shading: bool = False               # point light, soft shading, orientation loss
-    orient: tuple = (10.0, 1000.0)      # weight of that loss: at the start, from the switch on
+    shading: bool = False               # normals, orientation loss; from the switch on, a light
+    orient: tuple = (10.0, 1000.0)      # weight of that loss: rising from the first, to the switch
     lr_grid: float = 0.01
     lr_mlp: float = 0.001
     nerf: NeRFConfig = field(default_factory=NeRFConfig)
@@ -140,8 +145,8 @@ TINY = replace(FULL, batch=(4, 4), guidance=3.0, negative="", suffix=data.SUFFIX
 PRESETS = {
     "full": FULL,                                       # the released configuration, no shading
     "full-shaded": replace(FULL, shading=True),         # ... and with
-    "tiny-gpu": replace(                                # at 128 pixels, a latent's 4x4 dent the
-        TINY, steps=600, size=(48, 64), lr_grid=0.03, lr_mlp=0.003,                 # surface
+    "tiny-gpu": replace(        # up to 64 pixels: at 128, a latent's 4x4 pixels dent the surface
+        TINY, steps=600, size=(48, 64), lr_grid=0.03, lr_mlp=0.003,
         nerf=NeRFConfig(levels=8, log2_table=17, base_resolution=8, finest_resolution=128,
                         max_samples=256, background=None)),
     "tiny-cpu": replace(                                # 28 dB, IoU .97 after 150 steps
@@ -165,7 +170,7 @@ def check(s):
              "t_min must not exceed t_max, both from 0 to 999; they are (at the start, at the end) "
              f"{s.t_min} and {s.t_max}"),
             (min(s.size) > 0, f"size must be at least 1, not {s.size}"),
-            (s.loss in ("x0", "sds", "sjc"), f"loss must be x0, sds or sjc, not {s.loss}")):
+            (s.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, not {s.loss}")):
         if not fine:
             raise ValueError(sentence)
 
@@ -219,10 +224,10 @@ def draw_lights(positions, num_views):
 def draw_scene(s, step, device, fixed=None):
     """What a step renders and how: arguments of NeRF.render, and the cameras c2w (N, 4, 4).
 
-    Nothing here is a step late, as the released code is where sizes and ranges change.
+    The released code applies new sizes and ranges one step late; here they hold at once.
     """
-    num_views, size = s.batch[phase(s, step)], s.size[phase(s, step)]
-    num_sets = num_views // s.views
+    num_pictures, size = s.batch[phase(s, step)], s.size[phase(s, step)]
+    num_sets = num_pictures // s.views
     c2w, fov = data.random_view_cameras(num_sets, s.views, None, s.fov, s.distance, s.elevation)
     (shading, ambient), background = draw_shading(s, step), draw_background(s, num_sets)
     if fixed:
@@ -233,20 +238,22 @@ def draw_scene(s, step, device, fixed=None):
     origins, directions = data.camera_rays(c2w, fov, size, size)                  # (N, H, W, 3)
     return dict(origins=origins, directions=directions, background=background, shading=shading,
                 light=light, ambient=ambient, normals=s.shading,
-                chunk=chunk_of_rays(s, num_views)), c2w
+                chunk=chunk_of_rays(s, num_pictures)), c2w
 
 
-def chunk_of_rays(s, num_views):
-    """How many rays at once leave room for the full-size model, None for all."""
-    room = s.memory - 4.0 - 0.4 * num_views             # GiB: weights; the encoder's activations
-    bytes_per_ray = (1300 if s.shading else 320) * s.nerf.max_samples / 4       # seldom more
+def chunk_of_rays(s, num_pictures):
+    """How many rays at once leave room for the full-size model, None for all. As measured: networks
+    of 4 GiB, 0.4 GiB a picture in the encoder, 320 bytes a sample, with normals 1300; and of
+    max_samples, a ray seldom has more than a quarter."""
+    room = s.memory - 4.0 - 0.4 * num_pictures                                  # GiB
+    bytes_per_ray = (1300 if s.shading else 320) * s.nerf.max_samples / 4
     return max(1024, int(room * 2 ** 30 / bytes_per_ray)) if s.memory else None
 
 
-def text_context(model, s, prompt, num):
-    """The text half of cross-attention, once a run; num rows for the text, num for the negative."""
-    context = model.encode_text([prompt + s.suffix, s.negative]).repeat_interleave(num, 0)
-    return model.unet.project_context(context[:num] if s.guidance == 1 else context)
+def text_context(model, s, prompt, N):
+    """The text half of cross-attention, once a run: N rows for the text, N for the negative."""
+    context = model.encode_text([prompt + s.suffix, s.negative]).repeat_interleave(N, 0)
+    return model.unet.project_context(context[:N] if s.guidance == 1 else context)
 
 
 def distil(model, s, step, pictures, context, c2w):
@@ -254,7 +261,7 @@ def distil(model, s, step, pictures, context, c2w):
     images = pictures.movedim(-1, 1).contiguous() * 2 - 1                         # (N, 3, H, W)
     if images.shape[-1] != model.image_size:
         images = F.interpolate(images, (model.image_size,) * 2, mode="bilinear")
-    x = model.encode_images(images, sample=True)
+    x = model.encode_images(images, sample=True)        # a draw of its Gaussian, as released
     low, high = timestep_range(s, step)
     # One t for all views of all sets of the step, as released; in training each set has its own.
     t = torch.randint(low, high + 1, (1,)).to(x.device, non_blocking=True)
@@ -268,9 +275,7 @@ def distil(model, s, step, pictures, context, c2w):
         noise_text, noise_uncond = both[:len(x)], both[-len(x):]
         x0_hat = x0_target(model.schedule, x_t, t, noise_text, noise_uncond, s.guidance, s.rescale,
                            num_views, s.threshold)
-    if s.loss == "x0":
-        return x0_loss(x, x0_hat)
-    return (sds_loss if s.loss == "sds" else sjc_loss)(model.schedule, x, t, x0_hat)
+    return LOSSES[s.loss](model.schedule, x, t, x0_hat)
 
 
 # ---- The loop ------------------------------------------------------------------------------------

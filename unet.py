@@ -8,8 +8,9 @@ embedding. With num_views=1 and camera=None this is exactly the 2D network, as j
 
 Modules carry the names of the original (LDM) checkpoint, so that loading one is one strict call.
 
-    N  pictures = B objects x V views, view-fastest      h, w  latent height, width
-    C  channels       L = h*w tokens of one picture      M     text tokens (77)
+    N  pictures = B objects x V views, an object's adjacent     h, w  latent height, width
+    C  channels, d those of a head      L = h*w tokens of a picture      M  text tokens (77)
+    emb  time (and camera) embedding    kv  the text's keys and values
 """
 import math
 from collections import OrderedDict
@@ -28,14 +29,14 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
-    channel_mult: tuple = (1, 2, 4, 4)      # channels of each level; each level halves h and w
+    channel_mult: tuple = (1, 2, 4, 4)      # channels of each level; from the second on, h, w halve
     num_res_blocks: int = 2
     attention_levels: tuple = (0, 1, 2)     # the levels that hold transformers
     num_head_channels: int = 64
     context_dim: int = 1024
     camera_dim: int = 16
-    attention: str = "inflated"             # the paper's ablation: "none", "temporal", "new3d"
-    camera: str = "time"                    # the paper's ablation: "text" (a token), "none"
+    attention: str = "inflated"             # "none": views never meet; "temporal", "new3d": the
+    camera: str = "time"                    # "text": a token; "none"             paper's ablations
 
 
 def timestep_embedding(t, dim):
@@ -46,7 +47,7 @@ def timestep_embedding(t, dim):
 
 
 def zero(module):
-    """Start at zero, so that the residual branch that `module` ends adds nothing at first."""
+    """Start at zero: what `module` ends adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -70,20 +71,21 @@ def upsample(dim):
 
 
 def camera_mlp(config):
-    """16 numbers -> as wide as the time embedding, or a text token; a 2D checkpoint's adds zero."""
+    """16 numbers -> as wide as the time embedding, to be added to it, zero at first; or as one more
+    token of the text."""
     width = 4 * config.model_channels
     dim_out = config.context_dim if config.camera == "text" else width
     return mlp(config.camera_dim, width, dim_out, end=zero)
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's; written out for torch.compile, which else takes over that it leaves channels last,
-    and then the convolutions copy whatever comes in and goes out."""
+    """PyTorch's; under torch.compile written out: its own leaves the channels-last layout, and then
+    every convolution copies what comes in and goes out."""
 
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        # Sums over pixels first, a channel at a time: so memory lies. Then over a group's channels.
+        # Channels last: a channel's statistics first, then its group's from those.
         variance, mean = (y.unflatten(1, (self.num_groups, -1))                 # (N, 32, C / 32)
                           for y in torch.var_mean(x.float(), (2, 3), correction=0))
         centre = mean.mean(2, keepdim=True)
@@ -111,7 +113,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(d)) v; queries from x, keys and values from x itself or from the text."""
+    """softmax(q k' / sqrt(d)) v in each of n sequences x (n, l, C).
+
+    Of self-attention these are B sequences of V L tokens where inflated, else N of L. `kv`: the
+    text's keys and values; the UNet makes them with this layer's to_k, to_v, once for all steps.
+    """
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -122,18 +128,18 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (N, heads, L, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (n, heads, l, d)
 
     def forward(self, x, kv=None):
         q, (k, v) = self.to_q(x), kv or (self.to_k(x), self.to_v(x))
         y = F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
-        return self.to_out(y.transpose(1, 2).flatten(2))                # (N, L, C)
+        return self.to_out(y.transpose(1, 2).flatten(2))                # (n, l, C)
 
 
 class GEGLU(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.proj = nn.Linear(dim, 8 * dim)
+        self.proj = nn.Linear(dim, 8 * dim)             # four times as wide, value and gate
 
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -155,14 +161,15 @@ class TransformerBlock(nn.Module):
             zero(self.attn3.to_out)
 
     def forward(self, x, kv, V):
+        """x (N, L, C), kv the text's (N, M, C) each, V views in a set -> (N, L, C)"""
         N, L, C = x.shape
         h = self.norm1(x)
         if self.attention == "inflated":
-            h = h.reshape(N // V, V * L, C)                             # that is all; V = 1 is 2D
+            h = h.reshape(N // V, V * L, C)     # each token sees all of its set; V = 1 is 2D
         x = x + self.attn1(h).reshape(N, L, C)
         if V > 1 and self.attention == "new3d":
             x = x + self.attn3(self.norm4(x).reshape(N // V, V * L, C)).reshape(N, L, C)
-        if V > 1 and self.attention == "temporal":  # along the views, each pixel for itself
+        if V > 1 and self.attention == "temporal":  # along the views, a pixel a sequence
             h = self.norm4(x).reshape(N // V, V, L, C).transpose(1, 2).reshape(-1, V, C)
             x = x + self.attn3(h).reshape(N // V, L, V, C).transpose(1, 2).reshape(N, L, C)
         x = x + self.attn2(self.norm2(x), kv)
@@ -187,7 +194,7 @@ class SpatialTransformer(nn.Module):
 
 
 class UNet(nn.Module):
-    """At the default size (R: ResBlock, T: SpatialTransformer, D: Downsample, U: Upsample):
+    """For 256x256 pictures; R ResBlock, T SpatialTransformer, D Downsample, U Upsample:
 
         level  channels  h, w   input_blocks        middle_block   output_blocks
         0          320     32   conv, RT, RT                       RT, RT, RT
@@ -252,8 +259,8 @@ class UNet(nn.Module):
         return fill(cls, config, weights, f"{source}, unet", device, dtype)
 
     def project_context(self, context):
-        """The text's keys and values in every layer, side by side: they do not change from step to
-        step, so a sampler asks for them once a prompt and passes them on as `context`."""
+        """(N, M, C) -> the text's keys and values of every layer, side by side: they do not change
+        from step to step, so a sampler asks for them once and passes them on as `context`."""
         if self.config.camera == "text":            # here they change with the camera
             return context
         context = context.to(self.text_layers[0].weight.dtype)
@@ -261,14 +268,14 @@ class UNet(nn.Module):
 
     def forward(self, x, t, context, camera=None, num_views=1):
         """x (N, 4, h, w), t (N,), context (N, M, C) or project_context's, camera (N, 16)
-        -> noise (N, 4, h, w). Of the N pictures, each `num_views` in a row are one set."""
+        -> prediction (N, 4, h, w), noise or v. Each `num_views` pictures in a row are one set."""
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if camera is not None and self.config.camera == "time":
             emb = emb + self.camera_embed(camera.to(dtype))
         if camera is not None and self.config.camera == "text":
             context = torch.cat([context, self.camera_embed(camera.to(dtype))[:, None]], dim=1)
-        if context.shape[-1] == self.config.context_dim:
+        if context.shape[-1] == self.config.context_dim:    # not projected yet
             kv = iter([layer(context.to(dtype)) for layer in self.text_layers])
         else:                                       # two for each transformer, in their order
             kv = iter(context.split([layer.out_features for layer in self.text_layers], dim=-1))
