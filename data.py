@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-TOY_FOV = 40.0                                          # the toy world's only camera, because a
+TOY_FOV = 40.0                                          # the toy 3D set's only lens, because a
 TOY_DISTANCE = 1 / math.tan(math.radians(TOY_FOV / 2))  # model never sees its fov and distance
 
 # ---- Cameras and rays ----------------------------------------------------------------------------
@@ -379,31 +379,18 @@ def draw_backgrounds(num, size, generator=None, device="cpu"):
     return torch.lerp(behind, front, mask).movedim(1, -1)
 
 
-def contact_sheet(path):
-    """Every category from four sides, over a caption of what it can have."""
-    from PIL import Image, ImageDraw
-    sheet = Image.new("RGB", (2 * 528, 148 * -(-len(NAMES) // 2)), "white")
-    for i, (name, (color, parts, _)) in enumerate(CATEGORIES.items()):
-        caption = sentence(name, color, dict(zip(parts, (HUES[3 * i % 10 - 8], HUES[7 * i % 10]))))
-        rgb = toy_render([caption], orbit_cameras(4, azimuth=30), background=0.7)["rgb"][0]
-        row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
-        sheet.paste(row, (i % 2 * 528, i // 2 * 148))
-        ImageDraw.Draw(sheet).text((i % 2 * 528 + 4, i // 2 * 148 + 130), caption, fill="black")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 if __name__ == "__main__":
     try:
         if sys.argv[1:2] == ["render"]:
             from render import main
             main(sys.argv[2:])
         elif sys.argv[1:]:
-            import sources
-            print(sources.check(sys.argv[1], "outputs/data.png"))
+            from sources import check
+            print(check(sys.argv[1], "outputs/data.png"))
             print("outputs/data.png: what training would see of it")
         else:
-            contact_sheet("outputs/toy_world.png")
+            from sources import toy_sheet
+            toy_sheet("outputs/toy_world.png")
             print("outputs/toy_world.png: every category of the toy world")
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -74,7 +74,8 @@ def parse(argv):
                    "Settings in sds.py or NeRFConfig in nerf.py: --set size=64,128 levels=8")
     args = p.parse_args(argv)
     for flag, low, high in (("steps", 1, math.inf), ("views", 1, math.inf), ("memory", 0, math.inf),
-                            ("guidance", 0, math.inf), ("rescale", 0, 1), ("elevation", -90, 90)):
+                            ("guidance", 0, math.inf), ("rescale", 0, 1), ("elevation", -90, 90),
+                            ("azimuth", -360, 360)):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             p.error(f"--{flag} {value:g}: it goes from {low} to {high}".replace("to inf", "upward"))
@@ -103,6 +104,7 @@ def read_prompts(p, args):
     lines = [" ".join(line.split()).removesuffix(SUFFIX) for line in lines if line.strip()]
     if not lines:
         p.error('the prompt is empty; say what to make, such as "a yellow duck"')
+    lines = list(dict.fromkeys(lines))
     return lines[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
@@ -176,11 +178,11 @@ def folder_for(out, prompt, record):
     for n in range(1, 1000):
         folder = Path(out, slug if n == 1 else f"{slug}-{n}")
         settings = folder / "settings.json"
-        if not settings.exists():
-            folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        if not any(folder.iterdir()):
             with writing(settings) as part:
                 part.write_text(record)
-        if settings.read_text() == record:
+        if settings.exists() and settings.read_text() == record:
             return folder
     raise ValueError(f"--out {out}: 999 folders for this prompt; delete some")
 
@@ -276,11 +278,12 @@ def plan(args, model, prompt):
     how = dict(steps=15, guidance_scale=3.0, sampler="dpm") if tiny else dict(steps=50)
     given = dict(steps=args.steps, guidance_scale=args.guidance, rescale=args.rescale)
     how |= {name: v for name, v in given.items() if args.views_only and v is not None}
-    files = [Path(args.model), *Path(args.model).rglob("*")]
-    return s, how, dict(prompt=prompt, seed=args.seed, device=device, model=args.model,
-                        weights_of=time.ctime(max(file.stat().st_mtime for file in files)),
+    path = Path(args.model).resolve()
+    files = [file for file in (path, *path.rglob("*.safetensors")) if file.is_file()]
+    return s, how, dict(prompt=prompt, seed=args.seed, device=device, model=str(path),
+                        weights_of=max(int(file.stat().st_mtime) for file in files),
                         preset=preset, lift=args.lift, elevation=args.elevation,
-                        azimuth=args.azimuth, views=how, object=asdict(s))
+                        azimuth=args.azimuth, views=how, object=asdict(replace(s, memory=0.0)))
 
 
 def make(args, model, prompt):
@@ -298,6 +301,8 @@ def make(args, model, prompt):
         yield
         took.append(f"{what} {time.time() - start:.1f} s")
 
+    for file in folder.glob("part-*"):                      # a killed run's
+        file.unlink()
     fit = args.lift == "reconstruct" and not args.views_only and not nerf.exists()
     if fit or not views.exists():
         with timed(f"{s.views} views"):
@@ -306,13 +311,13 @@ def make(args, model, prompt):
         if not nerf.exists():
             with timed("object"):
                 lift(args, model, prompt, s, seen if fit else None, folder)
+        (folder / "state.pt").unlink(missing_ok=True)
         thing = NeRF.load(nerf, model.device).eval()
         if not turntable.exists():
             with timed("turntable"), writing(turntable) as part:
                 save_turntable(thing, part, model.image_size)
         with timed("mesh"), writing(mesh) as part:
             write_glb(part, *thing.mesh(128))
-        (folder / "state.pt").unlink(missing_ok=True)
     print(f"{folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     print(", ".join(took) or "nothing to do: this command made it all before")
 
@@ -336,10 +341,14 @@ def main(argv=None):
             except ValueError as e:             # the object died; other prompts may fare better
                 status = fail(f"{prompt}: {e}")
     except KeyboardInterrupt:
-        fail(f"stopped; the same command goes on, {PERIOD} seconds back at most")
+        fail("stopped; the same command goes on from what was saved last")
         return 130
     except (ValueError, OSError) as e:
         return fail(e)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":
+            raise
+        return fail("the GPU's memory is too small; the same command with --memory 16 goes on")
     print(f"{time.time() - start:.1f} s in all, {sds.peak_memory():.1f} GiB of memory at most")
     return status
 

@@ -47,7 +47,9 @@ template <class Body> __global__ void kernel(int64_t items, Body body) {
 }
 #endif
 
-template <class Body> void launch(In where, int64_t items, int groups, Body body) {
+// On the CPU a thread takes items; with `share`, where groups never meet, groups of the one item.
+template <class Body>
+void launch(In where, int64_t items, int groups, Body body, bool share = false) {
   const c10::DeviceGuard guard(where.device());
   if (items == 0) return;
 #ifdef __CUDACC__
@@ -58,10 +60,10 @@ template <class Body> void launch(In where, int64_t items, int groups, Body body
     return;
   }
 #endif
-  const int hands = items > 1 ? 1 : at::get_num_threads();     // one item: share out its groups
-  at::parallel_for(0, items > 1 ? items : hands, items > 1 ? 64 : 1, [&](int64_t i, int64_t to) {
+  const int hands = share ? at::get_num_threads() : 1;
+  at::parallel_for(0, share ? hands : items, share ? 1 : 64, [&](int64_t i, int64_t to) {
     for (; i < to; i++)
-      for (int g = items > 1 ? 0 : i; g < groups; g += hands) body(items > 1 ? i : 0, g);
+      for (int g = share ? i : 0; g < groups; g += hands) body(share ? 0 : i, g);
   });
 }
 
@@ -234,7 +236,7 @@ struct Scatter {                                 // table[l, row] += weight x gr
       if (grad) g = grad[n * grid.L + l];
       if (turned) h = turned[n * grid.L + l];
       const float* v = grid.direction(n);
-      if (v && v[0] == 0 && v[1] == 0 && v[2] == 0) h = {};
+      if (v && v[0] == 0 && v[1] == 0 && v[2] == 0) h = {};    // room that no ray has filled
       if (g.x == 0 && g.y == 0 && h.x == 0 && h.y == 0) continue;     // hidden: nothing to learn
       const Cell cell(grid, l, n);
       bool same = any;
@@ -302,7 +304,8 @@ struct March {
     }
     int64_t n = counts ? 0 : offsets[ray];
     const int64_t end = counts ? INT32_MAX : offsets[ray + 1];
-    for (int k = 0; n < end; k++) {
+    const int most = (int)ceilf(2 * sqrtf(3.f) / delta) + 1;   // the box's diagonal; a NaN ray ends
+    for (int k = 0; k < most && n < end; k++) {
       const float s = near + (k + shift[ray]) * delta;
       if (!(s < far)) break;
       int cell = 0;
@@ -370,7 +373,7 @@ template <int C, bool BACKWARD> struct Composite {     // sums[ray] = sum of w [
   }
 };
 
-// ---- The operators: hashgrid.py has checked the arguments; allocate and launch ----
+// ---- The operators: NeRFConfig or hash_encode has checked the arguments; allocate and launch ----
 
 Tensor gather(In points, In table, Ints vertices, MaybeIn along) {
   const Tensor x = plain(points), v = plain(along), rows = plain(table);
@@ -397,7 +400,7 @@ Tensor scatter_both(In points, MaybeIn grad, MaybeIn turned, Ints vertices, int6
   const Tensor table = at::zeros({grid.L, T, 2}, x.options());
   const int64_t N = x.size(0), run = x.is_cuda() ? 8 : std::max<int64_t>(N, 1);
   launch(x, (N + run - 1) / run, grid.L,
-         Scatter{grid, (const Row*)in(g), (const Row*)in(h), out(table), N, run});
+         Scatter{grid, (const Row*)in(g), (const Row*)in(h), out(table), N, run}, !x.is_cuda());
   return table;
 }
 

@@ -42,7 +42,7 @@ def served():
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])
-        print(f"nerf.py: the plain, slow kernels serve ({reason})", file=sys.stderr)
+        print(f"nerf.py: plain PyTorch serves, slowly, not the kernels ({reason})", file=sys.stderr)
         return ()
 
 
@@ -117,7 +117,7 @@ def register_derivatives(tensor_cores):
 
     gather encodes; scatter is its transpose towards the table, pull towards the points; `v` makes
     each differentiate along a direction first. So they are closed under differentiation: each
-    derivative, one per input, is an operator and its arguments.
+    derivative, one per input, is an operator and its arguments. Two times; the others once.
     """
     op, f32 = torch.ops.hashgrid, torch.float32
 
@@ -136,17 +136,23 @@ def register_derivatives(tensor_cores):
         torch.library.register_fake(f"hashgrid::{name}", fake)
         torch.library.register_autograd(f"hashgrid::{name}", backward, setup_context=save)
 
+    def once(name, before):
+        if before is not None:
+            raise NotImplementedError(f"{name} can be differentiated once, not twice")
+
     def pull(d, x, T, g, r, v, y):
         if v is not None:
             raise NotImplementedError("hash_encode can be differentiated twice, not three times")
         return ((op.pull, x, T, g, r, d), (op.scatter, x, g, r, T.shape[1], d),
                 (op.gather, x, T, r, d))
 
-    def composite(g, s, c, t, offsets, delta, _, __, sums, w):
+    def composite(g, s, c, t, offsets, delta, before, _, sums, w):
+        once("composite", before)
         both = functools.cache(lambda: op.composite(s, c, t, offsets, delta, g, sums))
         return (lambda: both()[0],), (lambda: both()[1],)
 
-    def network(g, x, W1, W2, *_):
+    def network(g, x, W1, W2, before, *_):
+        once("network", before)
         three = functools.cache(lambda: op.network(x, W1, W2, g))
         return [(lambda i: three()[i], i) for i in range(3)]
 
@@ -198,10 +204,11 @@ def encode(points, table, resolutions):
 
 
 def encode_slope(points, table, resolutions, c, h):
-    """h = encode(points), and the gradient by the points of sum c h: (N, L*F), (N,3).
+    """-> h = encode(points) (N, L*F), and for each point the gradient of its c . h by it (N,3).
 
-    Differentiable in table and c (N, L*F); h is what encode gave without gradient. Both outputs add
-    to the table in one pass.
+    Differentiable in table and c (N, L*F), not in points; `h` is what encode gave without gradient
+    (the plain twin makes it again). The kernels add both outputs to the table in one pass; the twin
+    takes a graph of a graph.
     """
     if fast(table):
         return EncodeSlope.apply(points, table, resolutions, c, h)
@@ -209,7 +216,8 @@ def encode_slope(points, table, resolutions, c, h):
     with torch.enable_grad():
         x = points.detach().requires_grad_()
         h = encode_plain(x, table, resolutions)
-        return h, torch.autograd.grad(h, x, c, create_graph=further)[0]
+        slope, = torch.autograd.grad(h, x, c, create_graph=further)
+    return (h if further else h.detach()), slope
 
 
 class EncodeSlope(torch.autograd.Function):
@@ -223,8 +231,9 @@ class EncodeSlope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, v):
         (x, T, c), r, op = ctx.saved_tensors, ctx.resolutions, torch.ops.hashgrid
-        return (None, op.scatter_both(x, g, c, r, T.shape[1], v), None,
-                op.gather(x, T, r, v) if ctx.needs_input_grad[3] else None, None)
+        _, table, _, by_c, _ = ctx.needs_input_grad
+        return (None, op.scatter_both(x, g, c, r, T.shape[1], v) if table else None, None,
+                op.gather(x, T, r, v) if by_c else None, None)
 
 
 def fast(table):

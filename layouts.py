@@ -152,25 +152,6 @@ def write(path, content):
     temporary.replace(path)
 
 
-def read_vocabulary(folder):
-    """vocab.json and merges.txt, or both in a tokenizer.json -> {token: id}, [(a, b), ...]"""
-    if (folder / "tokenizer.json").is_file():
-        bpe = read_json(folder / "tokenizer.json")["model"]
-        vocab, merges = bpe["vocab"], bpe["merges"]
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = read_json(folder / "vocab.json")
-        merges = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [pair for pair in merges if pair and not pair.startswith("#version")]
-    else:
-        raise FileNotFoundError(f"no tokenizer: put CLIP's vocab.json and merges.txt into {folder}")
-    return vocab, [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-
-
-def write_vocabulary(folder, vocab, merges):
-    write(Path(folder) / "vocab.json", json.dumps(vocab))
-    write(Path(folder) / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
-
-
 # ---- Hugging Face's layout, in the original's names ---------------------------------------------
 
 def read_hugging_face(folder):

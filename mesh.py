@@ -4,7 +4,7 @@ marching_tetrahedra cuts a grid of densities along a level, remove_specks cleans
 write_glb and write_obj keep it. NeRF.mesh in nerf.py calls the first two.
 
     sigma  density on a grid (X,Y,Z)      vertices (N,3)      faces (M,3), counter-clockwise from
-    X = Y = Z grid points an axis         colors (N,3)        outside, indices of vertices
+    X, Y, Z  grid points of each axis     colors (N,3)        outside, indices of vertices
 """
 import json
 import os
@@ -44,9 +44,9 @@ def marching_tetrahedra(sigma, threshold):
     Each cube is cut into six tetrahedra along its diagonal, one per order of the axes a, b, c:
     corners 0, e_a, e_a + e_b, (1,1,1). Neighbours agree on every face, so no gap is left.
     """
-    device, orders = sigma.device, list(permutations(range(3)))
+    sigma, device, orders = sigma.contiguous(), sigma.device, list(permutations(range(3)))
     stride = torch.tensor([sigma.stride(a) for a in range(3)], device=device)
-    inside = sigma.contiguous() > threshold
+    inside = sigma > threshold
     counts = Fn.avg_pool3d(inside[None].float(), 2, 1, divisor_override=1)[0]   # corners
     cubes = (((counts > 0) & (counts < 8)).nonzero() * stride).sum(-1)          # (M,) lowest
     steps = Fn.pad(stride[torch.tensor(orders, device=device)].cumsum(-1), (1, 0))      # (6,4)
@@ -67,7 +67,7 @@ def marching_tetrahedra(sigma, threshold):
 
 
 def remove_specks(vertices, faces, share=0.01):
-    """Drop connected parts with less than this share of the faces."""
+    """Drop connected parts with less than this share of the faces; the largest always stays."""
     label, before = torch.arange(len(vertices), device=vertices.device), None
     while before is None or not torch.equal(label, before):   # faces spread the lowest
         before = label
@@ -75,7 +75,8 @@ def remove_specks(vertices, faces, share=0.01):
         label = label.scatter_reduce(0, faces.flatten(), lowest.flatten(), "amin")
         label = label[label]
     part = label[faces[:, 0]]
-    faces = faces[part.bincount(minlength=1)[part] >= share * len(faces)]
+    size = part.bincount(minlength=1)
+    faces = faces[size[part] >= (share * size.sum()).clamp(max=size.max())]
     used, faces = faces.unique(return_inverse=True)
     return vertices[used], faces
 

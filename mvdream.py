@@ -1,8 +1,8 @@
 """The multi-view latent diffusion model around the UNet.
 
-Holds CLIP's tokenizer, the OpenCLIP text encoder, the KL autoencoder, the noise schedule, two
-samplers, and MVDream, which puts them together (section 3.1). The autoencoder and the text encoder
-are Stable Diffusion 2.1's.
+Holds the OpenCLIP text encoder, the KL autoencoder, the noise schedule, two samplers, and MVDream,
+which puts them together (section 3.1). The autoencoder and the text encoder are Stable Diffusion
+2.1's.
 
     x0  a clean latent    x_t  the same, noised to step t    abar  alphas_cumprod, .999 to .005
     alpha = sqrt(abar), sigma = sqrt(1 - abar):    x_t = alpha x0 + sigma noise
@@ -15,70 +15,13 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from layouts import PREFIXES, fill, never_read, read_model, read_vocabulary, write, write_vocabulary
+from layouts import PREFIXES, fill, never_read, read_model, write
+from tokenizer import Tokenizer, write_vocabulary
 from unet import GroupNorm, UNet, UNetConfig, conv, named, upsample
-
-
-# ---- Tokenizer: CLIP's byte-pair encoding of lower-case words -----------------------------------
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-WORD = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-
-
-def byte_pair_encoding(*vocabulary):
-    """CLIP's pipeline: NFC, one space for many, lower case; words; bytes; merges inside a word."""
-    bpe = models.BPE(*vocabulary, unk_token=EOS, end_of_word_suffix="</w>")
-    encoding = tokenizers.Tokenizer(bpe)
-    encoding.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
-    encoding.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False)])
-    return encoding
-
-
-class Tokenizer:
-    """Prompts -> rows of `length` ids: <start> words <end>, then zeros, as OpenCLIP pads."""
-
-    def __init__(self, folder, length=77):
-        self.vocab, self.merges = read_vocabulary(Path(folder))
-        self.length, self.encoding = length, byte_pair_encoding(self.vocab, self.merges)
-        self.encoding.add_special_tokens([BOS, EOS])
-
-    def __call__(self, prompts):
-        ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts):
-            words = self.encoding.encode(prompt).ids[:self.length - 2]
-            row[:len(words) + 2] = torch.tensor([self.vocab[BOS], *words, self.vocab[EOS]])
-        return ids
-
-    def unknown_words(self, prompt):
-        """The words that are not one token: for the tiny model, those it never met."""
-        text = self.encoding.normalizer.normalize_str(prompt)
-        pieces = self.encoding.pre_tokenizer.pre_tokenize_str(text)
-        words = [text[a:b].strip() for piece, (a, b) in pieces if piece + "</w>" not in self.vocab]
-        return list(dict.fromkeys(word for word in words if word.isalnum()))
-
-
-def train_tokenizer(captions, folder):
-    """Merge until every word of the captions is one token. The vocabulary in CLIP's order: 256
-    bytes, the same bytes ending a word, a token for each merge, <start>, <end>."""
-    encoding = byte_pair_encoding()
-    encoding.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=49408, min_frequency=0, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(encoding.to_str())["model"]["merges"]]
-    # GPT-2's alphabet: these bytes are their own letters, the other 68 get letters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
-    tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
-    tokens = enumerate(dict.fromkeys([*tokens, BOS, EOS]))
-    write_vocabulary(folder, {token: i for i, token in tokens}, merges)
-    return Tokenizer(folder)
 
 
 # ---- Text encoder: OpenCLIP's ViT-H/14 text tower, its last block left out -----------------------

@@ -7,6 +7,7 @@ object: the whole lesson without diffusion.
     N  samples of all rays    R  rays                      t      distance along a ray
     L  levels of the grid     T  rows of a level's table   sigma  density
     F  features of a row      delta  step along a ray      w      weight of a sample in its pixel
+    H  hidden units           G  occupancy cells an axis   h, n   encoding; normal
 
 World: z up, objects face +x, the box is [-1, 1]^3. Colours are in [0, 1].
 """
@@ -41,6 +42,11 @@ class NeRFConfig:
 
     def __post_init__(self):
         self.blob = tuple(self.blob)        # a file gives a list
+        if not (1 <= self.levels <= 32 and min(self.base_resolution, self.finest_resolution) >= 2
+                and min(self.features, self.log2_table, self.hidden, self.occupancy,
+                        self.max_samples) >= 1):
+            raise ValueError("a NeRF has 1 to 32 levels of at least 2 vertices an axis, and at "
+                             "least one feature, table row, hidden unit, cell and sample")
 
     def resolutions(self):
         growth = (self.finest_resolution / self.base_resolution) ** (1 / max(self.levels - 1, 1))
@@ -88,6 +94,7 @@ class NeRF(nn.Module):
     def field(self, x, normals=False):
         """x (N,3) in the box -> sigma (N,), albedo (N,3); also n = -grad sigma / |grad sigma|."""
         if normals:
+            x = x.detach()                          # slope has no derivative by x
             h, slope = self.slope(x)
         else:
             h = encode((x + 1) / 2, self.table, self.resolutions)               # (N, L*F)
@@ -104,11 +111,12 @@ class NeRF(nn.Module):
         return (sigma, albedo, -Fn.normalize(slope, dim=-1)) if normals else (sigma, albedo)
 
     def slope(self, x):
-        """h(x), and grad of z(x) = W2 relu(W1 h(x)) + b(x), by hand: sigma = softplus(z) has its
-        direction.
+        """-> h(x) (N, L*F), and the gradient by x of z = W2 relu(W1 h(x)) + blob(x) (N,3), whose
+        direction is that of sigma = softplus(z); W1, W2 of the density head.
 
-        With `on` where W1 h > 0, c = grad of z by h = on (W2 W1), a fixed choice of W1's rows: relu
-        has no second derivative. The rest is the encoding's own gradient: no graph of a graph.
+        By hand: `on`, where W1 h > 0, is constant, as relu has no second derivative. So z's
+        gradient by h is c = on (W2 W1), a sum of W1's rows; encode_slope takes c . h on to the
+        points, which lie in [0,1]^3, hence / 2.
         """
         W1, W2, points = self.density_mlp[0].weight, self.density_mlp[2].weight, (x + 1) / 2
         with torch.no_grad():
@@ -116,10 +124,10 @@ class NeRF(nn.Module):
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
             on = Fn.linear(h, W1.detach()).gt_(0)                               # (N, H): 0 or 1
             c = (on @ (W2.T * W1)).to(h)                                        # (N, L*F)
-        height, radius = self.config.blob
-        b = -height / radius * x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
         h, slope = encode_slope(points, self.table, self.resolutions, c, h)
-        return h, slope / 2 + b
+        height, radius = self.config.blob
+        blob_slope = -height / radius * x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+        return h, slope / 2 + blob_slope
 
     def background(self, directions):
         if self.background_mlp is None:
@@ -262,7 +270,8 @@ class NeRF(nn.Module):
         grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1)         # (X,Y,Z,3)
         sigma = torch.cat([self.density(x) for x in grid.view(-1, 3).split(2**18)])
         if threshold is None:
-            threshold = min(25.0, sigma[sigma > 1].mean().nan_to_num(50).item() / 2)
+            inside = sigma[sigma > min(1.0, sigma.max().item() / 2)]
+            threshold = min(25.0, inside.mean().nan_to_num(50).item() / 2)
         sigma = Fn.pad(sigma.view(grid.shape[:3]), [1] * 6)                     # closed at the rim
         vertices, faces = remove_specks(*marching_tetrahedra(sigma, threshold))
         if not len(faces):

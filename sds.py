@@ -17,6 +17,8 @@ the paper, or this file from both, it is said on the spot.
 """
 import io
 import math
+import os
+import pickle
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -297,6 +299,8 @@ class Progress(NamedTuple):
                         optimizer=self.optimizer.state_dict(), cuda=cuda), buffer)
         with open(path, "wb") as file:
             file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
 
     def check_alive(self):
         """A dead object does not come back; on a GPU, this waits for the step."""
@@ -322,7 +326,10 @@ def peak_memory():
 
 def load_state(path, nerf, optimizer):
     """Back to where Progress.save was -> steps done."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        raise ValueError(f"{path} cannot be read: delete it to begin the object again") from None
     nerf.load_state_dict(state["nerf"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

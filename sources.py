@@ -40,6 +40,7 @@ def read_picture(file, size, grey, name):
     try:
         with Image.open(file) as image:
             image.draft("RGB", (size, size))                 # a JPEG is decoded at about this size
+            image = ImageOps.exif_transpose(image)           # as the photographer held the camera
             image = ImageOps.fit(image.convert("RGBA"), (size, size))
     except Exception as error:                               # a broken file may raise anything
         raise ValueError(f"{name} is no picture that can be read") from error
@@ -60,10 +61,9 @@ def read_captions(folder):
 
 def inside(folder, name):
     """The path `name` in a folder; a path that leads out of it is refused."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"{name!r} leads out of {folder}")
-    return path
+    return folder / name
 
 
 def told(faults):
@@ -131,7 +131,8 @@ class ViewSets(Samples):
             c2w = torch.stack(c2w)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError("transforms.json without cameras that can be read") from error
-        # On the orbit: upright, looking at the centre, at about the elevation of most.
+        # On the orbit: looking at the centre within 11 degrees, upright within 6, rigid, and within
+        # 10 degrees of the elevation of most.
         back, position = c2w[:, :3, 2], F.normalize(c2w[:, :3, 3], dim=-1)
         elevation = torch.rad2deg(torch.asin(back[:, 2].clamp(-1, 1)))
         good = ((back * position).sum(-1) > 0.98) & (c2w[:, 2, 0].abs() < 0.1)
@@ -191,7 +192,10 @@ class Pictures(Samples):
                     stem, suffix = os.path.splitext(member.name)
                     outside = os.path.isabs(stem) or ".." in stem.split("/")
                     if outside or member.issym() or member.islnk():
-                        self.faults["tar members that point outside"].append(f"{path}: {stem}")
+                        self.faults["tar members that are links or point outside"].append(
+                            f"{path}: {stem}")
+                    elif not member.isfile():
+                        continue
                     elif suffix.lower() in PICTURES:
                         pictures[stem] = member.offset_data, member.size
                     elif suffix == ".txt":
@@ -211,7 +215,8 @@ class Pictures(Samples):
             file.seek(offset)
             content = io.BytesIO(file.read(size))
         grey = torch.randint(256, (), generator=generator).item()
-        return read_picture(content, self.size, grey, f"{path} at {offset}")[None], None, caption
+        name = f"{path} at {offset}" if offset else path
+        return read_picture(content, self.size, grey, name)[None], None, caption
 
 
 class Draws(torch.utils.data.Dataset):
@@ -223,7 +228,8 @@ class Draws(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         step, place = key
-        g, broken = torch.Generator().manual_seed((self.seed * 1_000_003 + step << 20) + place), []
+        seed = (self.seed * 1_000_003 + step << 20) + place
+        g, broken = torch.Generator().manual_seed(seed % 2 ** 63), []
         for _ in range(100):
             i = torch.randint(len(self.samples), (), generator=g).item()
             try:
@@ -315,7 +321,14 @@ class Photos(Pool):
         super().__init__(model, args)
         photos = Pictures(args.dreambooth, model.image_size, args.subject)
         g = torch.Generator().manual_seed(args.seed)
-        images = [photos.load(i, g)[0] for i in range(len(photos))]
+        images = []
+        for i, (path, *_) in enumerate(photos.items):
+            try:
+                images.append(photos.load(i, g)[0])
+            except (ValueError, OSError):
+                photos.faults["pictures that cannot be read"].append(path)
+        if not images:
+            raise ValueError(f"{args.dreambooth}: nothing to train on: {told(photos.faults)}")
         self.empty, y = encode_captions(["", args.subject], model, args, {}).split(1)
         self.pictures["2d"] = torch.stack(images).to(args.device)
         self.y["2d"] = y.expand(len(images), *y.shape[1:])                 # the same for all
@@ -395,7 +408,7 @@ def from_bytes(images):
     return images.float() / 127.5 - 1
 
 
-# ---- A look at a folder --------------------------------------------------------------------------
+# ---- A look at the data --------------------------------------------------------------------------
 
 def draw_orbit(c2w, chosen, size):
     """The cameras of an object seen from above, +x to the right; the chosen ones red, in order."""
@@ -443,3 +456,19 @@ def check(folder, sheet, rows=8, size=128):
     Path(sheet).parent.mkdir(parents=True, exist_ok=True)
     page.crop((0, 0, page.width, y)).save(sheet)
     return str(samples)
+
+
+def toy_sheet(path):
+    """Every category of the toy world from four sides, over a caption of what it can have."""
+    from PIL import Image, ImageDraw
+    sheet = Image.new("RGB", (2 * 528, 148 * -(-len(data.NAMES) // 2)), "white")
+    for i, (name, (color, parts, _)) in enumerate(data.CATEGORIES.items()):
+        colors = data.HUES[3 * i % 10 - 8], data.HUES[7 * i % 10]
+        caption = data.sentence(name, color, dict(zip(parts, colors)))
+        c2w = data.orbit_cameras(4, azimuth=30)
+        rgb = data.toy_render([caption], c2w, background=0.7)["rgb"][0]
+        row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
+        sheet.paste(row, (i % 2 * 528, i // 2 * 148))
+        ImageDraw.Draw(sheet).text((i % 2 * 528 + 4, i // 2 * 148 + 130), caption, fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -20,18 +20,20 @@ Letters
   B    view sets in a batch          V    views in a set (1 in 2D steps)       N = B*V pictures
   x0   clean latents (N,4,h,w)       x_t  the same after t steps of noise      t (N,), eps (N,4,h,w)
   y    captions: tokens (B,77), or encoded (B,77,C) where the text encoder is frozen
-  c    camera-to-world matrices (N,4,4), or None in 2D steps
+  c    camera-to-world matrices (N,4,4), or None in 2D steps       theta  the weights that learn
 Run the same command again to go on where a run stopped: every random draw is a function of the seed
-and the step, so a resumed run is the unbroken run, on any number of GPUs.
+and the step, so a resumed run is the unbroken run: on one CPU bit for bit, on another number of
+GPUs up to rounding.
 """
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -50,9 +52,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from mvdream import MVDream, camera_condition, train_tokenizer
+from mvdream import MVDream, camera_condition
 from sources import VIEWS, Folders, Photos, ToyPool, to_bytes
-from unet import ResBlock, TransformerBlock, UNet
+from tokenizer import train_tokenizer
+from unet import ResBlock, TransformerBlock
 
 TINY = {                                      # the classes of Stable Diffusion 2.1, smaller numbers
     "unet": dict(model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1,
@@ -62,9 +65,12 @@ TINY = {                                      # the classes of Stable Diffusion 
     "image_size": 128, "prediction": "epsilon"}
 
 RUNS = {            # what is trained on, and what that needs unless flags say otherwise
-    "toy": dict(steps=11_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60),
-    "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800),  # paper
-    "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600)}
+    "toy": dict(steps=11_000, batch=512, lr=6e-4, floor=0.02, drop=0.1, save_every=60,
+                out=Path("outputs/train")),
+    "folders": dict(steps=50_000, batch=4096, lr=1e-4, floor=1, drop=0.1, save_every=1800,   # paper
+                    out=Path("outputs/finetuned")),
+    "photos": dict(steps=600, batch=4, lr=2e-6, floor=1, drop=0, save_every=600,
+                   out=Path("outputs/dreambooth"))}
 
 AUTOENCODER, BASE = 0.22, 0.16      # stages as shares of --steps; the joint stage takes the rest
 
@@ -83,8 +89,8 @@ def autoencoder_loss(vae, x, noise):
 
 @torch.no_grad()
 def standardise(model, images):
-    """Bring the latents to variance 1, by folding 1/s into the 1x1 convolutions on their two sides,
-    and note their mean E[x0], where sampling has to start."""
+    """Bring the latents to variance 1, by folding 1/s into the 1x1 convolution before them and s
+    into the one behind, and note their mean E[x0], where sampling has to start."""
     z = torch.cat([model.vae.encode(x)[0] for x in images])
     s, q, p = z.std(), model.vae.quant_conv, model.vae.post_quant_conv
     mean, logvar = slice(None, z.shape[1]), slice(z.shape[1], None)
@@ -198,14 +204,15 @@ def train(model, source, args):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16)
-    compiled = functools.partial(torch.compile, dynamic=False) if gpu else lambda function: function
+    compiled = (functools.partial(torch.compile, dynamic=False) if args.compile else
+                lambda function: function)
     losses, began = collections.defaultdict(list), time.time()
     saved, (start, state) = began, load_checkpoint(model, args)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training",
                unit="step", disable=args.rank > 0)
-    stop = []                                 # Ctrl-C lets the step end: what is saved is of one
+    stop = []                                 # the first Ctrl-C lets the step end, to save it whole
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
+        signal.signal(number, lambda number, _: stop.append(signal.signal(number, signal.SIG_DFL)))
     for step in bar:
         stage, mode = stage_of(step, args)
 
@@ -224,12 +231,13 @@ def train(model, source, args):
                 with autocast(enabled=gpu and source.half):
                     source.begin(compiled(model.vae.encode))
             model.requires_grad_(False)
-            for p in parameters:
-                p.requires_grad_()
-            if args.ranks > 1 and mode:     # average gradients while the backward pass goes on, 200
-                objective = DistributedDataParallel(    # MB at a time; torch.compile's graphs too
+            parameters = [p.requires_grad_() for p in parameters]
+            # Ranks average gradients while the backward pass goes on, 200 MB at a time (there
+            # torch.compile cuts its graphs too). 2D steps do not use the camera's layers.
+            if args.ranks > 1 and mode:
+                objective = DistributedDataParallel(
                     objective, broadcast_buffers=False, bucket_cap_mb=200,
-                    gradient_as_bucket_view=True,       # 2D steps leave the camera's layers unused
+                    gradient_as_bucket_view=True,
                     find_unused_parameters=args.mix < 1 or args.base_steps > 0)
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=gpu)  # decay 0.01
             ema = [p.detach().clone() for p in parameters]
@@ -254,7 +262,7 @@ def train(model, source, args):
             decay = min(0.999, (1 + step - first) / (10 + step - first))
             torch._foreach_lerp_(ema, parameters, 1 - decay)
 
-        # Report. Reading the losses waits for the device, so it is done every 50 steps.
+        # Report. Reading the losses waits for the device, so it is not done every step.
         if step % args.report == args.report - 1 or step == args.steps - 1:
             means = {k: torch.stack(v).mean().item() for k, v in sorted(losses.items())}
             losses.clear()
@@ -309,17 +317,23 @@ def save_checkpoint(model, optimizer, ema, step, args):
     os.replace(new, path)
 
 
-def load_checkpoint(model, args):
-    paths = [args.out / "checkpoint.pt", args.out / "checkpoint_before.pt"]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return 0, None
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    changed = [k for k, v in args.settings.items() if state["settings"].get(k) != v]
+def refuse_other_settings(path, old, args):
+    changed = [k for k, v in args.settings.items() if old.get(k) != v]
     if changed:
-        raise ValueError(
-            f"{path} was made with another --{changed[0].replace('_', '-')}: repeat the old value "
-            f"({state['settings'].get(changed[0])}) or take another --out")
+        raise ValueError(f"{path} was made with another --{changed[0].replace('_', '-')}: repeat the "
+                         f"old value ({old.get(changed[0])}) or take another --out")
+
+
+def load_checkpoint(model, args):
+    """The last one that can be read -> steps done, and all of it."""
+    for path in sorted(args.out.glob("checkpoint*.pt")):                        # the last first
+        with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            break
+        print(f"train.py: {path} cannot be read", file=sys.stderr)
+    else:
+        return 0, None
+    refuse_other_settings(path, state["settings"], args)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -358,25 +372,28 @@ def parse(argv=None):
     add("--lr", type=float, help="peak learning rate (default 6e-4; folders 1e-4; photos 2e-6)")
     add("--mix", type=float, default=0.7, help="share of multi-view steps (paper: 0.7)")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("outputs/train"), help="folder (default %(default)s)")
-    add("--device", help="cuda, cpu, mps (default: what is there)")
+    add("--out", type=Path,
+        help="folder (default outputs/train; folders: finetuned; photos: dreambooth)")
+    add("--device", help="cuda, cpu, mps (default: cuda, else cpu)")
     add("--attention", choices=("inflated", "none", "temporal", "new3d"),
         help="how views see each other (default: the model's; the paper's choice is inflated)")
     add("--camera", choices=("time", "text", "none"),
         help="where the camera enters (default: the model's; the paper's choice is time)")
-    add("--sets", type=int, help="toy sets to render (default: what the steps use, 40000 at most)")
-    add("--save-every", type=float, help="seconds between checkpoints (default 60; folders 1800)")
+    add("--sets", type=int, help="toy sets to render (default 40000, CPU 2000, or what is used)")
+    add("--save-every", type=float, help="seconds between saving (default 60; folders 1800; photos 600)")
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
     args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"
     args.rank, args.ranks, here = (int(os.environ.get(key, value)) for key, value in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))                     # as torchrun says
-    args.device = args.device or (f"cuda:{here}" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = f"cuda:{here}" if args.device == "cuda" else args.device
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device} is not here: leave it out, or take cpu") from None
     args.gpu = args.device.startswith("cuda")
+    args.compile = args.gpu and shutil.which("cc") is not None
     slow = {"batch": 16} if args.kind == "toy" and not args.gpu else {}
     for key, value in (RUNS[args.kind] | slow).items():
         if getattr(args, key, None) is None:
@@ -405,7 +422,8 @@ def refuse(args):
     """What cannot be, in one sentence each."""
     unit = VIEWS if args.mix > 0 else 1
     for wrong, sentence in (
-            (args.steps < 10, f"--steps {args.steps}: the three stages need at least 10 steps"),
+            (args.steps < 10, f"--steps {args.steps}: at least 10 are needed"),
+            (args.sample_every < 1 or args.sets < 1, "--sample-every and --sets are at least 1"),
             (args.lr <= 0, f"--lr {args.lr}: a learning rate is above 0"),
             (not 0 <= args.mix <= 1, f"--mix {args.mix} is a probability: between 0 and 1"),
             (args.micro < 1 or args.micro % unit or args.ranks * args.accumulate * args.micro
@@ -430,29 +448,22 @@ def new_model():
     return MVDream.from_config({**TINY, "text": text}, tokenizer)
 
 
-def change(unet, **flags):
-    """The same weights with another attention or camera; layers that this adds start at zero."""
-    config = dataclasses.replace(unet.config, **{k: v for k, v in flags.items() if v})
-    if config == unet.config:
-        return unet
-    changed, same = UNet(config), config.camera == unet.config.camera
-    changed.load_state_dict({k: v for k, v in unet.state_dict().items()
-                             if same or "camera_embed" not in k}, strict=False)
-    return changed
-
-
 def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    trained = args.out / "trained.json"             # what the finished model in there was made with
+    if trained.exists():
+        refuse_other_settings(trained, json.loads(trained.read_text()), args)
+        return print(f"nothing to do: this command made the model in {args.out}/ before")
     torch.manual_seed(args.seed)
-    if args.gpu:
+    if args.compile:
         data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
     if args.ranks > 1:
         if args.gpu:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.gpu else "gloo")
     model = MVDream.from_pretrained(args.model) if args.model else new_model()
-    model.unet = change(model.unet, attention=args.attention, camera=args.camera)
+    model.unet = model.unet.changed(attention=args.attention, camera=args.camera)
     model.image_size = min(256, model.image_size)                         # the paper's fine-tuning
     model.to(args.device)
     began = time.time()
@@ -465,9 +476,10 @@ def main(argv=None):
     if source.broken:
         print(f"{len(source.broken)} left out while training, such as: {min(source.broken)}")
     if args.rank == 0:
-        sample_sheet(model, args.out / "samples.png", source.prompts)
         try:
+            sample_sheet(model, args.out / "samples.png", source.prompts)
             model.half().save_pretrained(args.out)
+            trained.write_text(json.dumps(args.settings))
         except (SafetensorError, OSError) as error:
             raise OSError(f"{args.out}: the model could not be written ({error}): make room on the "
                           "disk; the same command goes on from the last checkpoint") from error
@@ -481,6 +493,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:      # a worker's ends its traceback
         print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped")

@@ -14,7 +14,7 @@ Modules carry the names of the original (LDM) checkpoint, so that loading one is
 """
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -257,6 +257,16 @@ class UNet(nn.Module):
         if config.camera == "time" and "camera_embed.0.weight" not in weights:  # a 2D checkpoint
             weights |= camera_mlp(config).state_dict(prefix="camera_embed.")
         return fill(cls, config, weights, f"{source}, unet", device, dtype)
+
+    def changed(self, **config):
+        """The same weights with another attention or camera; layers that this adds start at zero."""
+        config = replace(self.config, **{name: value for name, value in config.items() if value})
+        if config == self.config:
+            return self
+        other, same = UNet(config), config.camera == self.config.camera
+        other.load_state_dict({name: weight for name, weight in self.state_dict().items()
+                               if same or "camera_embed" not in name}, strict=False)
+        return other
 
     def project_context(self, context):
         """(N, M, C) -> the text's keys and values of every layer, side by side: they do not change

@@ -26,7 +26,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from mvdream import MVDream, train_tokenizer
+from mvdream import MVDream
+from tokenizer import train_tokenizer
 
 TINY = {**train.TINY, "text": {**train.TINY["text"], "vocab_size": 1024}}
 VIEWS = 4

@@ -27,7 +27,8 @@ import data
 import generate
 import sds
 from metrics import iou, janus, psnr, toy_prompts
-from mvdream import MVDream, train_tokenizer
+from mvdream import MVDream
+from tokenizer import train_tokenizer
 
 CAMERAS = data.look_at_origin(torch.tensor([5.0, 15.0, 25.0]).repeat(4),
                               15.0 + 30 * torch.arange(12))

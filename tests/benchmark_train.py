@@ -40,7 +40,8 @@ import train
 from benchmark_model import TINY, build
 from benchmark_quality import agreement, border, evaluate, generate, save_sheet
 from metrics import psnr, toy_prompts
-from mvdream import MVDream, train_tokenizer
+from mvdream import MVDream
+from tokenizer import train_tokenizer
 from unet import UNet
 
 ROOT, VIEWS = Path(__file__).parent.parent, sources.VIEWS

@@ -370,10 +370,3 @@ def test_truth_agrees_between_views():
     same = (seen[0] - far).abs() < 1e-3
     assert same.float().mean() > 0.5
     torch.testing.assert_close(rgb[0, same], out["rgb"][0, 0][solid][same], atol=2e-2, rtol=0)
-
-
-def test_contact_sheet(tmp_path, monkeypatch):
-    from PIL import Image
-    monkeypatch.setattr(data, "CATEGORIES", {k: data.CATEGORIES[k] for k in ("duck", "car")})
-    data.contact_sheet(str(tmp_path / "new" / "sheet.png"))
-    assert Image.open(tmp_path / "new" / "sheet.png").size[0] == 1056

@@ -15,7 +15,8 @@ from PIL import Image
 
 import generate
 import sds
-from mvdream import MVDream, train_tokenizer
+from mvdream import MVDream
+from tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import mvdream
 import unet
 from layouts import rename
-from mvdream import MVDream, Schedule, Tokenizer, camera_condition, ddim, dpm_solver
+from mvdream import MVDream, Schedule, camera_condition, ddim, dpm_solver
+from tokenizer import Tokenizer, train_tokenizer, write_vocabulary
 
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +25,7 @@ CAPTIONS = ["a red robot wearing a blue hat, 3d asset", "an orange car with blue
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return mvdream.train_tokenizer(CAPTIONS, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(CAPTIONS, tmp_path_factory.mktemp("tokenizer"))
 
 
 def random_weights(model):
@@ -91,7 +92,7 @@ def odd_strings():
 
 def test_token_ids_are_transformers(tokenizer, tmp_path):
     CLIPTokenizer = pytest.importorskip("transformers").CLIPTokenizer
-    mvdream.write_vocabulary(tmp_path, tokenizer.vocab, tokenizer.merges)
+    write_vocabulary(tmp_path, tokenizer.vocab, tokenizer.merges)
     theirs = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     for string, row in zip(odd_strings(), tokenizer(odd_strings()).tolist()):
         expected = theirs(string, truncation=True, max_length=77).input_ids
@@ -354,7 +355,7 @@ def hugging_face(tokenizer, tmp_path_factory):
     for part, net in nets.items():
         net.eval().requires_grad_(False).save_pretrained(folder / part)
     diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
-    mvdream.write_vocabulary(folder / "tokenizer", tokenizer.vocab, tokenizer.merges)
+    write_vocabulary(folder / "tokenizer", tokenizer.vocab, tokenizer.merges)
     return folder, nets
 
 

@@ -210,6 +210,27 @@ def test_march_against_plain(device):
 
 
 @each_device
+def test_march_ends_on_rays_that_are_none(device):
+    """NaN, and a direction of length 0: at most the samples of the box's diagonal."""
+    o = torch.tensor([[math.nan] * 3, [0, 0, 0]], device=device)
+    grid = torch.ones(2, 2, 2, dtype=torch.bool, device=device)
+    offsets, *_ = hashgrid.march(o, torch.zeros_like(o), grid, torch.zeros(2, device=device), 0.5)
+    assert offsets[-1] <= 2 * 8
+
+
+@each_device
+def test_compositing_is_differentiated_once(device):
+    if not hashgrid.kernels(device):
+        pytest.skip("no compiled kernels")
+    sigma = torch.rand(4, device=device, requires_grad=True)
+    offsets = torch.tensor([0, 4], device=device)
+    sums, _ = hashgrid.composite(sigma, torch.rand(4, 3, device=device), sigma.detach(), offsets, 0.1)
+    g, = torch.autograd.grad(sums.sum(), sigma, create_graph=True)
+    with pytest.raises(NotImplementedError, match="composite can be differentiated once"):
+        torch.autograd.grad(g.sum(), sigma)
+
+
+@each_device
 def test_march_into_reserved_room(device):
     if not hashgrid.kernels(device):
         pytest.skip("no compiled kernels")
@@ -425,6 +446,10 @@ def test_save_and_load(tmp_path):
 
 
 def test_bad_options():
+    for bad in (dict(base_resolution=1), dict(finest_resolution=1), dict(levels=33),
+                dict(max_samples=0)):
+        with pytest.raises(ValueError, match="1 to 32 levels"):
+            NeRFConfig(**bad)
     model = NeRF(SMALL)
     with pytest.raises(ValueError, match="shading 'phong'"):
         model.render(*rays(), shading="phong")
@@ -481,6 +506,8 @@ def test_specks_go():
     kept, faces = mesh.remove_specks(vertices, faces)
     assert len(kept) < len(vertices) and (kept * (2 / 47) - 1).norm(dim=-1).max() < 0.75
     assert faces.max() == len(kept) - 1
+    flock = torch.arange(300).view(100, 3)                          # a hundred lone triangles
+    assert len(mesh.remove_specks(torch.rand(300, 3), flock, share=0.5)[1]) == 100
     empty = mesh.remove_specks(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long))
     assert len(empty[0]) == len(empty[1]) == 0
 
@@ -546,7 +573,7 @@ def start(**environment):
 def test_without_a_compiler_the_plain_version_serves(tmp_path):
     out, err = start(PATH="", CXX="none", TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()
     assert "tensor(10." in out
-    assert [line[:21] for line in err.splitlines() if "plain" in line] == ["nerf.py: the plain, s"]
+    assert [line[:22] for line in err.splitlines() if "plain" in line] == ["nerf.py: plain PyTorch"]
 
 
 def test_two_builds_at_once_in_a_closed_home(tmp_path):

@@ -178,17 +178,34 @@ def test_a_shard_cut_in_half_gives_what_is_whole(tmp_path):
         sources.Pictures(tmp_path)
 
 
+def test_a_photo_stands_as_the_camera_was_held(tmp_path):
+    photo = Image.new("RGB", (16, 16), (255, 0, 0))
+    photo.paste((0, 0, 255), (0, 0, 16, 8))                                 # blue above, as stored
+    exif = photo.getexif()
+    exif[0x0112] = 3                                                        # held upside down
+    photo.save(tmp_path / "a.png", exif=exif)
+    pixels = sources.read_picture(tmp_path / "a.png", 16, 0, "a")
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0] and pixels[:, 15, 0].tolist() == [0, 0, 255]
+
+
+def test_any_seed_draws(tmp_path):
+    write_picture(tmp_path / "a.png", caption="x")
+    assert sources.Draws(sources.Pictures(tmp_path, 16), 20261122)[(7, 3)][2] == "x"
+
+
 def test_tar_members_that_point_outside_are_skipped(tmp_path):
     write_shard(tmp_path / "a.tar", [("../../x.jpg", jpeg((9, 9, 9))), ("../../x.txt", b"evil"),
                                      ("/abs.jpg", jpeg((9, 9, 9))), ("y.jpg", jpeg((9, 9, 9))),
                                      ("y.txt", b"good")])
     with tarfile.open(tmp_path / "a.tar", "a") as shard:
-        link = tarfile.TarInfo("z.jpg")
+        link, folder = tarfile.TarInfo("z.jpg"), tarfile.TarInfo("folder.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        folder.type = tarfile.DIRTYPE
         shard.addfile(link)
+        shard.addfile(folder)
     pictures = sources.Pictures(tmp_path)
     assert [caption for *_, caption in pictures.items] == ["good"]
-    assert len(pictures.faults["tar members that point outside"]) == 4
+    assert len(pictures.faults["tar members that are links or point outside"]) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]                # nothing was unpacked
     assert not (tmp_path.parent.parent / "x.jpg").exists()
 
@@ -245,3 +262,10 @@ def test_checking_a_folder(tmp_path):
                             capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("data.py: empty: nothing to train on")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_sheet_of_the_toy_world(tmp_path, monkeypatch):
+    from PIL import Image
+    monkeypatch.setattr(sources.data, "CATEGORIES", {k: sources.data.CATEGORIES[k] for k in ("duck", "car")})
+    sources.toy_sheet(str(tmp_path / "new" / "sheet.png"))
+    assert Image.open(tmp_path / "new" / "sheet.png").size[0] == 1056

@@ -16,7 +16,8 @@ from PIL import Image
 
 import sources
 import train
-from mvdream import MVDream, Schedule, train_tokenizer
+from mvdream import MVDream, Schedule
+from tokenizer import train_tokenizer
 from test_sources import write_object, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -180,8 +181,11 @@ def test_one_sentence_and_status_2(flags, word, tmp_path):
 
 def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match="--lr"):
-        run(monkeypatch, tmp_path, "--lr", "1e-5")
+    for name in ("trained.json", "checkpoint.pt"):                   # the finished, and the half-done
+        assert (tmp_path / name).exists()
+        with pytest.raises(ValueError, match=f"{name} was made with another --lr"):
+            run(monkeypatch, tmp_path, "--lr", "1e-5")
+        (tmp_path / name).unlink()
 
 
 # ---- data from outside, several ranks, DreamBooth ------------------------------------------------
@@ -248,7 +252,7 @@ def test_a_stopped_run_on_folders_ends_as_the_unbroken_one(world, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         tune(world, tmp_path / "broken", *flags)
     monkeypatch.setattr(train, "save_checkpoint", save)
-    (tmp_path / "broken" / "checkpoint.pt").unlink()                 # the one before serves as well
+    (tmp_path / "broken" / "checkpoint.pt").write_bytes(b"broken")   # the one before serves as well
     tune(world, tmp_path / "broken", *flags)
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert torch.equal(last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "broken"))
@@ -291,6 +295,7 @@ def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkey
     assert (one - two).norm() < 0.02 * (one - start).norm()
     lines = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
     assert [line["step"] for line in lines] == [5, 10, 12]
+    (tmp_path / "two" / "trained.json").unlink()
     tune(world, tmp_path / "two")                                    # its last step again, alone
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert (one - two).norm() < 0.02 * (one - start).norm()
@@ -304,13 +309,18 @@ def test_dreambooth(world, tmp_path, capsys):
         return (weights(tmp_path / out) - before).abs().mean().item()
     for i in range(3):
         write_picture(world / "photos" / f"{i}.png", (200, 80 * i, 9))
+    (world / "photos" / "cut.png").write_bytes((world / "photos" / "0.png").read_bytes()[:40])
     before = weights(world / "model")
     free, held = dreambooth("free", "--preserve", "0"), dreambooth("held", "--preserve", "1e4")
     assert 0 < held < 0.5 * free                                     # held near theta_0
     theirs, ours = (MVDream.from_pretrained(f).unet.camera_embed.state_dict()
                     for f in (world / "model", tmp_path / "free"))
     assert all(torch.equal(v, ours[k]) for k, v in theirs.items())   # 2D steps do not touch cameras
-    assert "3 pictures; nothing amiss" in capsys.readouterr().out
+    assert "4 pictures; 1 pictures that cannot be read (first" in capsys.readouterr().out
+    dreambooth("free", "--preserve", "0")                            # made before: it says so
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another --seed.*another --out"):
+        dreambooth("free", "--preserve", "0", "--seed", "1")
 
 
 def test_preservation_by_hand():
@@ -325,15 +335,15 @@ def test_preservation_by_hand():
 def test_another_attention_or_camera_starts_as_the_model_that_it_changes(world):
     unet = MVDream.from_pretrained(world / "model").unet
     x, t, context, camera = torch.randn(4, 4, 8, 8), torch.ones(4), torch.randn(4, 77, 32), torch.randn(4, 16)
-    blind = train.change(unet, attention="none", camera=None)
+    blind = unet.changed(attention="none", camera=None)
     for attention in ("temporal", "new3d"):                          # what they add is zero at first
-        changed = train.change(unet, attention=attention, camera=None)
+        changed = unet.changed(attention=attention, camera=None)
         assert len(changed.state_dict()) > len(unet.state_dict())
         assert torch.equal(changed(x, t, context, camera, 4), blind(x, t, context, camera, 4))
     for camera_place in ("none", "text"):                            # 2D mode never hears of cameras
-        changed = train.change(unet, attention=None, camera=camera_place)
+        changed = unet.changed(attention=None, camera=camera_place)
         assert torch.equal(changed(x, t, context), unet(x, t, context))
-    assert train.change(unet, attention=None, camera="time") is unet
+    assert unet.changed(attention=None, camera="time") is unet
 
 
 def test_a_model_goes_on_in_the_toy_world_with_another_attention(world, tmp_path):
@@ -375,6 +385,7 @@ def test_resuming_with_another_model_is_refused(world, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(world / "model", model)
     tune(world, tmp_path / "out", "--model", str(model))
+    (tmp_path / "out" / "trained.json").unlink()
     with pytest.raises(ValueError, match="another --model"):
         tune(world, tmp_path / "out")
     monkeypatch.setattr(train, "TINY", {**MICRO, "unet": {**MICRO["unet"], "model_channels": 64}})
