@@ -258,8 +258,11 @@ class Pool(train.ToyPool):
 
 
 def make_base(options):
-    """Into --base: a model that knows single pictures only, and the toy world's latents."""
-    start, model, tiny = time.time(), train.new_model(), MVDream.from_pretrained(ROOT / "weights/tiny")
+    """Into --base, unless there: a model that knows single pictures only, and the toy world's latents
+    (327 MB for 10,000 sets; the model's 29 MB alone may be carried elsewhere)."""
+    start, tiny = time.time(), MVDream.from_pretrained(ROOT / "weights/tiny")
+    there = (options.base / "model.safetensors").exists()
+    model = MVDream.from_pretrained(options.base) if there else train.new_model()
     model.vae, model.latent_mean = tiny.vae, tiny.latent_mean
     args = train.parse(flags(options, "-", options.base, options.base_steps, 4 * options.batch, 6e-4,
                              "--mix", 0, "--sets", options.pool))
@@ -267,8 +270,11 @@ def make_base(options):
     trace = torch.compile(data.trace, dynamic=False) if args.gpu else data.trace
     with mock.patch.object(data, "trace", trace), training(compiled=True):
         pool = train.ToyPool(model.to(args.device), args)
-        train.train(model, pool, args)
-    model.save_pretrained(args.out)
+        if there:
+            pool.begin(model.vae.encode)
+        else:
+            train.train(model, pool, args)
+            model.half().save_pretrained(args.out)
     torch.save({k: getattr(pool, k) for k in ("latents", "cameras", "y")}, args.out / "pool.pt")
     print(f"base: {time.time() - start:.0f} s", flush=True)
 
