@@ -291,8 +291,9 @@ class ToyPool(Pool):
         self.empty = model.tokenize([""]).to(device)
         for mode, count, views in (("3d", args.sets, VIEWS), ("2d", 2 * args.sets, 1)):
             parts = []
-            for first in tqdm(range(0, count, 256), desc=f"{mode} pictures", disable=args.rank > 0):
-                n = min(256, count - first)
+            firsts = range(0, count, 256 if args.gpu else 16)
+            for first in tqdm(firsts, desc=f"{mode} pictures", disable=args.rank > 0):
+                n = min(firsts.step, count - first)
                 images, c2w, captions = (
                     data.toy_views(n, VIEWS, size, g, device) if mode == "3d" else
                     data.toy_pictures(n, size, g, device))
