@@ -3,6 +3,8 @@ import ast
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import generate
 import sds
 import train
+from test_sources import write_object
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +71,26 @@ def test_every_command_is_one(words, tmp_path):
             assert f'"{flag}"' in source or hasattr(sds.Settings(), flag[2:]), flag
     else:
         assert program == "-m" or (ROOT / program).exists()
+
+
+def test_the_first_command_makes_what_the_readme_says(tmp_path):
+    """In few steps: else it is word for word what a newcomer types."""
+    words = next(w for w in commands() if w[0] == "generate.py")
+    done = subprocess.run([sys.executable, *words, "--steps", "10", "--out", str(tmp_path)], cwd=ROOT,
+                          text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = re.search(r"writes into `outputs/([^/]+)/`: (.+?)\. The second", README, re.S)
+    named = re.findall(r"`([\w.]+)`", folder[2])
+    assert sorted(named) == sorted(file.name for file in (tmp_path / folder[1]).iterdir())
+
+
+def test_data_of_ones_own_is_checked(tmp_path):
+    for i in range(2):
+        write_object(tmp_path / "renders" / f"{i}")
+    done = subprocess.run([sys.executable, ROOT / "data.py", "renders/"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "renders: 2 objects; nothing amiss" in done.stdout
+    assert (tmp_path / "outputs" / "data.png").exists()
 
 
 def test_the_examples_print_what_they_say():
