@@ -116,7 +116,7 @@ def settings_of(args, preset):
     names += [] if args.views_only else ["steps", "guidance", "rescale"]
     s = replace(s, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if args.views:                                          # as many sets a step as the preset has
-        s = replace(s, batch=tuple(n * args.views // 4 for n in s.batch))
+        s = replace(s, batch=tuple(n * args.views // sds.PRESETS[preset].views for n in s.batch))
     s = with_values(s, args.set)
     sds.check(s)
     return s

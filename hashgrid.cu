@@ -209,7 +209,7 @@ struct Gather {                                  // encoded[n, l] = sum over cor
 
 struct Scatter {                                 // table[l, row] += weight x grad[n, l]
   Grid grid;                                     //                 + weight along v x turned[n, l]
-  const Row *grad, *turned;               // null: none
+  const Row *grad, *turned;                      // null: none
   float* table;
   int64_t N, run;                                // points per item
 

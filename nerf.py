@@ -191,7 +191,7 @@ class NeRF(nn.Module):
                 .expand(*shape, 3).reshape(-1, 3) for x in (origins, directions, background, light)]
         count = len(rays[0])
         chunk = chunk or (max(count, 1) if self.training else 2**22 // self.config.max_samples)
-        if chunk < count:
+        if self.training and chunk < count:
             self.room = None                        # parts of a picture differ too much
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             parts = [self.render_rays(*[x if x is None else x[i:i + chunk] for x in rays],

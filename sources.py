@@ -91,6 +91,21 @@ class Samples:
         else:
             self.faults[f"{self.kind} without a caption"].append(path)
 
+    def readable(self, generator):
+        """-> the path of every sample, and what load gives; what cannot be read is a fault, and
+        fatal if nothing else is there."""
+        nothing = True
+        for i, (path, *_) in enumerate(self.items):
+            try:
+                sample = self.load(i, generator)
+            except (ValueError, OSError) as error:
+                self.faults[f"{self.kind} that cannot be read"].append(error)
+                continue
+            yield path, *sample
+            nothing = False
+        if nothing:
+            raise ValueError(f"{self.folder}: nothing to train on: {told(self.faults)}")
+
     def __len__(self):
         return len(self.items)
 
@@ -322,14 +337,7 @@ class Photos(Pool):
         super().__init__(model, args)
         photos = Pictures(args.dreambooth, model.image_size, args.subject)
         g = torch.Generator().manual_seed(args.seed)
-        images = []
-        for i, (path, *_) in enumerate(photos.items):
-            try:
-                images.append(photos.load(i, g)[0])
-            except (ValueError, OSError):
-                photos.faults["pictures that cannot be read"].append(path)
-        if not images:
-            raise ValueError(f"{args.dreambooth}: nothing to train on: {told(photos.faults)}")
+        images = [image for _, image, _, _ in photos.readable(g)]
         self.empty, y = encode_captions(["", args.subject], model, args, {}).split(1)
         self.pictures["2d"] = torch.stack(images).to(args.device)
         self.y["2d"] = y.expand(len(images), *y.shape[1:])                 # the same for all
@@ -388,7 +396,7 @@ def reader(samples, args, keys):
     draws = Draws(samples, args.seed)
     return iter(torch.utils.data.DataLoader(
         draws, batch_sampler=keys, num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.device.startswith("cuda"), worker_init_fn=ignore_ctrl_c))
+        pin_memory=args.gpu, worker_init_fn=ignore_ctrl_c))
 
 
 def collate(samples):
@@ -435,12 +443,7 @@ def check(folder, sheet, rows=8, size=128):
     samples = ViewSets(folder, size=size) if views else Pictures(folder, size)
     page = Image.new("RGB", (size * (1 + VIEWS if views else 1) + 300, rows * (size + 4)), "white")
     pen, y, generator = ImageDraw.Draw(page), 0, torch.Generator().manual_seed(0)
-    for i, (path, *_) in enumerate(samples.items):
-        try:
-            images, c2w, caption = samples.load(i, generator)
-        except (ValueError, OSError) as error:
-            samples.faults["samples that cannot be read"].append(error)
-            continue
+    for path, images, c2w, caption in samples.readable(generator):
         if y == page.height:
             continue
         cells = [Image.fromarray(image.movedim(0, -1).numpy()) for image in images]
@@ -452,8 +455,6 @@ def check(folder, sheet, rows=8, size=128):
             page.paste(cell, (x * size, y))
         pen.text((len(cells) * size + 8, y + size // 2), caption[:45], "black")
         y += size + 4
-    if y == 0:
-        raise ValueError(f"{folder}: nothing to train on: {told(samples.faults)}")
     Path(sheet).parent.mkdir(parents=True, exist_ok=True)
     page.crop((0, 0, page.width, y)).save(sheet)
     return str(samples)
@@ -462,11 +463,11 @@ def check(folder, sheet, rows=8, size=128):
 def toy_sheet(path):
     """Every category of the toy world from four sides, over a caption of what it can have."""
     from PIL import Image, ImageDraw
+    c2w = data.orbit_cameras(4, azimuth=30)
     sheet = Image.new("RGB", (2 * 528, 148 * -(-len(data.NAMES) // 2)), "white")
     for i, (name, (color, parts, _)) in enumerate(data.CATEGORIES.items()):
         colors = data.HUES[3 * i % 10 - 8], data.HUES[7 * i % 10]
         caption = data.sentence(name, color, dict(zip(parts, colors)))
-        c2w = data.orbit_cameras(4, azimuth=30)
         rgb = data.toy_render([caption], c2w, background=0.7)["rgb"][0]
         row = Image.fromarray((torch.cat(list(rgb), 1) * 255).round().byte().numpy())
         sheet.paste(row, (i % 2 * 528, i // 2 * 148))

@@ -6,7 +6,7 @@ so the default run first makes a small stand-in for it and then does to that wha
   1 autoencoder    pictures -> latents and back
   2 base           text -> picture in 2D: what Stable Diffusion is to the paper
   3 joint          each step, with probability 0.7 a batch of view sets (inflated attention,
-                   cameras), else a batch of single pictures (attention and camera embedding off)
+                   cameras), else a batch of single pictures (neither: the 2D network as it is)
 
     L_MV(theta) = E_{x, y, c, t, eps} || eps - eps_theta(x_t; y, c, t) ||^2        (section 3.1.3)
 
@@ -320,8 +320,8 @@ def save_checkpoint(model, optimizer, ema, step, args):
 def refuse_other_settings(path, old, args):
     changed = [k for k, v in args.settings.items() if old.get(k) != v]
     if changed:
-        raise ValueError(f"{path} was made with another --{changed[0].replace('_', '-')}: repeat the "
-                         f"old value ({old.get(changed[0])}) or take another --out")
+        raise ValueError(f"{path} was made with another --{changed[0].replace('_', '-')}: repeat "
+                         f"the old value ({old.get(changed[0])}) or take another --out")
 
 
 def load_checkpoint(model, args):
@@ -380,7 +380,7 @@ def parse(argv=None):
     add("--camera", choices=("time", "text", "none"),
         help="where the camera enters (default: the model's; the paper's choice is time)")
     add("--sets", type=int, help="toy sets to render (default 40000, CPU 2000, or what is used)")
-    add("--save-every", type=float, help="seconds between saving (default 60; folders 1800; photos 600)")
+    add("--save-every", type=float, help="seconds between checkpoints (60; folders 1800; photos 600)")
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
     args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"

@@ -259,7 +259,7 @@ class UNet(nn.Module):
         return fill(cls, config, weights, f"{source}, unet", device, dtype)
 
     def changed(self, **config):
-        """The same weights with another attention or camera; layers that this adds start at zero."""
+        """The same weights with another attention or camera; layers that it adds start at zero."""
         config = replace(self.config, **{name: value for name, value in config.items() if value})
         if config == self.config:
             return self
