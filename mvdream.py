@@ -291,7 +291,7 @@ class MVDream(nn.Module):
         return self.tokenizer(prompts)
 
     def encode_text(self, prompts):
-        return self.text_encoder(self.tokenize(prompts).to(self.device))
+        return self.text_encoder(self.tokenize(prompts).to(self.device, non_blocking=True))
 
     def encode_images(self, images, sample=False):
         """images (N, 3, H, W) in [-1, 1] -> scaled latents, the mean or a sample; differentiable"""

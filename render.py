@@ -275,8 +275,11 @@ def main(argv):
         for name, model in found.items():
             done = out / name / "transforms.json"
             if done.exists():
-                old = json.loads(done.read_text("utf-8"))
-                views, size = len(old["frames"]), old["w"]
+                try:
+                    old = json.loads(done.read_text("utf-8"))
+                    views, size = len(old["frames"]), old["w"]
+                except (ValueError, LookupError, TypeError):
+                    raise ValueError(f"{done} is not of this command: take another OUT") from None
                 if (views, size) != (args.views, args.size):
                     raise ValueError(f"{out / name} has {views} views of {size} pixels: repeat "
                                      f"--views {views} --size {size}, or take another OUT")

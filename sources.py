@@ -375,18 +375,16 @@ class Folders:
 @torch.no_grad()
 def encode_captions(captions, model, args, known):
     """Tokens (B,77) where the text encoder learns; else encoded (B,77,C), each once: `known`
-    {caption: (77,C)} keeps the last 10,000, which is 160 kB each at full size."""
+    {caption: (77,C)} keeps the last 4,000 on the device, which is 160 kB each at full size.
+    Nothing waits for the device: where captions are always new, it would in every step."""
     if args.train_text:
-        return model.tokenize(captions).to(args.device)
+        return model.tokenize(captions).to(args.device, non_blocking=True)
     new = [caption for caption in dict.fromkeys(captions) if caption not in known]
     size = 1 if args.device == "cpu" else 64    # alone, a caption gives the same bits in any batch
     for i in range(0, len(new), size):
-        known.update(zip(new[i:i + size], model.encode_text(new[i:i + size]).half().cpu()))
-    y = torch.stack([known[caption] for caption in captions])
-    if args.gpu:                                # unpinned, it would wait for all work before it
-        y = y.pin_memory()
-    y = y.to(args.device, non_blocking=True).float()
-    for caption in list(known)[:-10_000]:
+        known.update(zip(new[i:i + size], model.encode_text(new[i:i + size]).half()))
+    y = torch.stack([known[caption] for caption in captions]).float()
+    for caption in list(known)[:-4000]:
         del known[caption]
     return y
 

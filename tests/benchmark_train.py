@@ -2,7 +2,7 @@
 
     python tests/benchmark.py train [--sets 4 8 16] [--only WORD]        full size, on one GPU
     torchrun --nproc_per_node=2 tests/benchmark.py train --ddp           N ranks against one alone
-    python tests/benchmark.py train --ablate --base FOLDER [--jobs 7]    seven ways, trained alike
+    python tests/benchmark.py train --ablate [--base FOLDER] [--jobs 7]  seven ways, trained alike
     python tests/benchmark.py train --dreambooth                         one subject, four photos
 
 Every row is train.py's own loop, optimizer and moving average included, printed when it is known.
@@ -31,7 +31,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -279,10 +279,27 @@ def make_base(options):
     print(f"base: {time.time() - start:.0f} s", flush=True)
 
 
+def file_name(row):
+    return "".join(c if c.isalnum() else "_" for c in row)
+
+
+def join_sheets(folder):
+    """The rows' sheets in one picture: of each column's prompts the first; the truth below."""
+    sheet = Image.new("RGB", (920, 66 * len(ROWS) + 66), "white")
+    pen, lines = ImageDraw.Draw(sheet), [(name, name, 0) for name in ROWS]
+    for i, (label, name, left) in enumerate([*lines, ("truth", next(iter(ROWS)), 256)]):
+        page = Image.open(folder / f"{file_name(name)}.png")
+        pen.text((4, 66 * i + 26), label, "black")
+        for k in range(len(PROMPTS)):
+            cell = page.crop((left, 128 * k, left + 256, 128 * k + 64))
+            sheet.paste(cell, (144 + 260 * k, 66 * i))
+    sheet.save(folder / "ablation.png")
+
+
 def ablation_row(options):
     """Train one row from the base, and print its line of the table."""
     (attention, camera, mix), start = ROWS[options.row], time.time()
-    out = options.base / "".join(c if c.isalnum() else "_" for c in options.row)
+    out = options.base / file_name(options.row)
     with mock.patch.object(train, "ToyPool", Pool), training(options.compile):
         train.main(flags(options, options.base, out, options.steps, options.batch, options.lr,
                          "--attention", attention, "--camera", camera, "--mix", mix))
@@ -316,6 +333,8 @@ def ablate(options):
         print(done.stdout.rstrip() or f"{name}: {done.stderr[-2000:]}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, range(len(ROWS)), ROWS))
+    if options.sheet:
+        join_sheets(options.sheet)
 
 
 # ---- DreamBooth ----------------------------------------------------------------------------------
@@ -369,8 +388,8 @@ def dreambooth(options):
 def main(argv):
     parser, gpu = argparse.ArgumentParser(prog="benchmark.py train"), torch.cuda.is_available()
     add = parser.add_argument
-    for part in (ddp, ablate, dreambooth):
-        add(f"--{part.__name__}", dest="part", action="store_const", const=part, default=speed)
+    for flag, part in (("--ddp", ddp), ("--ablate", ablate), ("--dreambooth", dreambooth)):
+        add(flag, dest="part", action="store_const", const=part, default=speed)
     add("--device", default="cuda:" + os.environ.get("LOCAL_RANK", "0") if gpu else "cpu")
     add("--size", choices=["full", "tiny"], default="full" if gpu else "tiny")
     add("--sets", type=int, nargs="+", default=[4, 8, 16], help="view sets at a time")

@@ -219,6 +219,18 @@ def test_other_views_than_those_that_are_there_are_refused(tmp_path, monkeypatch
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ['{"frames": [{}]}', "[1]", "{"])
+def test_a_folder_that_something_else_wrote_is_refused(tmp_path, monkeypatch, text):
+    write_obj(tmp_path / "in" / "a.obj")
+    other = tmp_path / "out" / "a.obj" / "transforms.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(text)
+    monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="transforms.json is not of this command.*another OUT"):
+        render.main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert other.read_text() == text
+
+
 def seen(path, size):
     """Which of data.py's rays (V, H, W) meet the solid: in all of its half spaces at once."""
     info = json.loads(path.read_text())

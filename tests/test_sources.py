@@ -266,6 +266,27 @@ def test_checking_a_folder(tmp_path):
 
 def test_sheet_of_the_toy_world(tmp_path, monkeypatch):
     from PIL import Image
+    sources.data.templates()                        # kept from here on, with all categories
     monkeypatch.setattr(sources.data, "CATEGORIES", {k: sources.data.CATEGORIES[k] for k in ("duck", "car")})
     sources.toy_sheet(str(tmp_path / "new" / "sheet.png"))
     assert Image.open(tmp_path / "new" / "sheet.png").size[0] == 1056
+
+
+def test_captions_are_encoded_once_and_the_last_4000_kept():
+    from types import SimpleNamespace
+    asked = []
+
+    def encode_text(captions):
+        asked.append(captions)
+        return torch.stack([torch.full((2, 3), float(caption)) for caption in captions])
+
+    model, known = SimpleNamespace(encode_text=encode_text), {}
+    args = SimpleNamespace(train_text=False, device="cpu")
+    y = sources.encode_captions(["7", "5", "7"], model, args, known)
+    assert asked == [["7"], ["5"]] and y.dtype == torch.float32
+    assert y[:, 0, 0].tolist() == [7, 5, 7]
+    assert sources.encode_captions(["5", "9"], model, args, known)[:, 0, 0].tolist() == [5, 9]
+    assert asked == [["7"], ["5"], ["9"]]
+    known.update({f"of before {i}": y[0].half() for i in range(3998)})
+    sources.encode_captions(["8"], model, args, known)
+    assert len(known) == 4000 and "7" not in known and {"9", "8"} < set(known)
