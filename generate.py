@@ -134,7 +134,9 @@ def with_values(s, texts):
             if name == "background":
                 value = {"learned": "learned", "none": None}[value.lower()]
             elif isinstance(default, tuple):                # one number also stands for two
-                value = tuple(type(d)(v) for d, v in zip(default, (value.split(",") * 2)[:2]))
+                parts = value.strip("()").split(",")
+                parts *= 2 // len(parts)
+                value = tuple(type(d)(v) for d, v in zip(default, parts, strict=True))
             elif isinstance(default, bool):
                 value = {"true": True, "false": False}[value.lower()]
             else:

@@ -267,3 +267,7 @@ def test_values_by_name():
                                         "negative=a b", "levels=5", "steps=7"])
     assert (s.size, s.batch, s.guidance, s.shading) == ((48, 48), (8, 4), 3.0, True)
     assert (s.negative, s.nerf.levels, s.steps) == ("a b", 5, 7) and sds.FULL.nerf.levels == 16
+    assert generate.with_values(sds.FULL, ["batch=(12, 8)"]).batch == (12, 8)     # as it is printed
+    for wrong in "batch=8,4,4", "batch=", "batch=a,b":
+        with pytest.raises(ValueError, match=r"a value such as \(8, 4\) is wanted"):
+            generate.with_values(sds.FULL, [wrong])
