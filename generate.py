@@ -73,11 +73,12 @@ def parse(argv):
     g.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other number of "
                    "Settings in sds.py or NeRFConfig in nerf.py: --set size=64,128 levels=8")
     args = p.parse_args(argv)
-    for flag, low, high in (("steps", 1, math.inf), ("views", 1, math.inf), ("memory", 0, math.inf),
-                            ("guidance", 0, math.inf), ("rescale", 0, 1), ("elevation", -90, 90),
+    for flag, low, high in (("steps", 1, 999 if args.views_only else math.inf), ("views", 1, 100),
+                            ("seed", -2 ** 62, 2 ** 62), ("memory", 0, math.inf), ("rescale", 0, 1),
+                            ("guidance", 0, math.inf), ("elevation", -90, 90),
                             ("azimuth", -360, 360)):
         value = getattr(args, flag)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and value < math.inf):
             p.error(f"--{flag} {value:g}: it goes from {low} to {high}".replace("to inf", "upward"))
     args.prompts = read_prompts(p, args)
     if not Path(args.model).exists():
@@ -97,10 +98,11 @@ def read_prompts(p, args):
     if (args.prompt is None) == (args.prompts is None):
         p.error('give a prompt, such as "a red robot wearing a blue hat", or --prompts FILE')
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else [
-            args.prompt]
+        lines = [args.prompt] if args.prompts is None else Path(args.prompts).read_text(
+            encoding="utf-8-sig").splitlines()
+        "".join([*lines, args.negative or ""]).encode()
     except (OSError, ValueError) as e:
-        p.error(f"--prompts {args.prompts}: not a text file that can be read ({e})")
+        p.error(f"{args.prompts or 'prompt'}: not text in UTF-8 that can be read ({e})")
     lines = [" ".join(line.split()).removesuffix(SUFFIX) for line in lines if line.strip()]
     if not lines:
         p.error('the prompt is empty; say what to make, such as "a yellow duck"')
@@ -126,8 +128,8 @@ def with_values(s, texts):
     """Settings s with each NAME=VALUE in its place, be that in s or in s.nerf."""
     for text in texts:
         name, _, value = text.partition("=")
-        inner = hasattr(s.nerf, name)
-        if not inner and (not hasattr(s, name) or name == "nerf"):
+        inner = name in vars(s.nerf)
+        if not inner and (name not in vars(s) or name == "nerf"):
             raise ValueError(f"--set {text}: no such setting; sds.py and nerf.py list them")
         default = getattr(s.nerf if inner else s, name)
         try:
@@ -141,6 +143,9 @@ def with_values(s, texts):
                 value = {"true": True, "false": False}[value.lower()]
             else:
                 value = type(default)(value)
+            if not all(abs(v) < math.inf for v in (value if isinstance(value, tuple) else [value])
+                       if isinstance(v, float)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             wanted = "learned or none" if name == "background" else f"a value such as {default}"
             raise ValueError(f"--set {text}: {wanted} is wanted") from None
@@ -181,10 +186,10 @@ def folder_for(out, prompt, record):
         folder = Path(out, slug if n == 1 else f"{slug}-{n}")
         settings = folder / "settings.json"
         folder.mkdir(exist_ok=True)
-        if not any(folder.iterdir()):
+        if all(file.name.startswith("part-") for file in folder.iterdir()):      # or none is there
             with writing(settings) as part:
                 part.write_text(record)
-        if settings.exists() and settings.read_text() == record:
+        if settings.exists() and settings.read_bytes() == record.encode():
             return folder
     raise ValueError(f"--out {out}: 999 folders for this prompt; delete some")
 
@@ -205,6 +210,8 @@ def open_model(args):
         if int(device[5:]) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch has none here; leave it out, or give cpu")
     with contextlib.suppress(OSError, ValueError):          # a container may grant less
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), int(quota) // int(period))))
@@ -222,6 +229,8 @@ def make_views(args, model, prompt, num, how, path):
     c2w = data.orbit_cameras(num, args.elevation, args.azimuth)
     pictures = model.sample([prompt + SUFFIX], c2w, negative_prompt=args.negative or "",
                             seed=args.seed, **how)[0]
+    if not pictures.isfinite().all():
+        raise ValueError("the views are no numbers: the weights are broken, or --guidance too high")
     with writing(path) as part:
         to_image(pictures.movedim(1, -1) / 2 + 0.5, pictures.shape[-1]).save(part)
     print(path, flush=True)
@@ -356,4 +365,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                # a prompt may have letters it lacks
     sys.exit(main())

@@ -9,6 +9,7 @@ They are told apart by what is found. Files are mapped, not read: a tensor costs
 converted, and none when it is already what is wanted, so that no weight is ever held twice. Loading
 is strict, and what is no tensor is not loaded. tokenizer/ holds CLIP's vocabulary.
 """
+import contextlib
 import json
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def read_tensors(file):
     return tensors
 
 
+@contextlib.contextmanager
+def understood(path):
+    """Whatever files from outside lack, or hold in place of what is wanted, is one sentence."""
+    try:
+        yield
+    except Exception as error:                      # tokenizers has no class for its own
+        named = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError)
+        if named or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path}: a model whose files are broken or do not fit together "
+                         f"({type(error).__name__}: {' '.join(str(error).split()):.200})") from error
+
+
 def take(tensors, prefix):
     return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
 
@@ -145,11 +159,14 @@ def write(path, content):
     """Text, or a dict of tensors, to a temporary name, which is then renamed: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content, "utf-8")
-    else:
-        save_file(content, temporary, {"format": "pt"})
-    temporary.replace(path)
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            save_file(content, temporary, {"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- Hugging Face's layout, in the original's names ---------------------------------------------

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layouts import PREFIXES, fill, never_read, read_model, write
+from layouts import PREFIXES, fill, never_read, read_model, understood, write
 from tokenizer import Tokenizer, write_vocabulary
 from unet import GroupNorm, UNet, UNetConfig, conv, named, upsample
 
@@ -250,7 +250,8 @@ class MVDream(nn.Module):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule = Schedule(config.get("prediction", "epsilon"))
         self.image_size = config.get("image_size", 256)
-        self.register_buffer("latent_mean", torch.tensor(config.get("latent_mean", [0.0] * 4)))
+        mean = torch.tensor(config.get("latent_mean", [0.0] * 4))
+        self.register_buffer("latent_mean", mean.reshape(vae.config.z_channels))
 
     @classmethod
     def from_config(cls, config, tokenizer):
@@ -262,15 +263,18 @@ class MVDream(nn.Module):
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
         """Any of the four weight layouts, told apart by what is found; frozen, for inference."""
-        source, config, weights = read_model(path)
-        unet = UNet.fill(source, config, weights, device, dtype)
-        vae = fill(AutoencoderKL, VAEConfig(**config["vae"]), weights["vae"], f"{source}, vae",
-                   device, dtype)
-        text = fill(TextEncoder, TextConfig(**config["text"]), weights["text_encoder"],
-                    f"{source}, text", device, dtype)
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
-        return cls(unet, vae, text, tokenizer, config).to(device).eval()
+        with understood(path):
+            source, config, weights = read_model(path)
+            unet = UNet.fill(source, config, weights, device, dtype)
+            vae, text = (fill(kind, config_of(**config[part]), weights[name], f"{source}, {part}",
+                              device, dtype) for kind, config_of, part, name in (
+                (AutoencoderKL, VAEConfig, "vae", "vae"),
+                (TextEncoder, TextConfig, "text", "text_encoder")))
+            tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
+            if max(tokenizer.vocab.values()) >= text.config.vocab_size:
+                raise ValueError(f"{folder}/tokenizer: has more tokens than the text encoder knows")
+            return cls(unet, vae, text, tokenizer, config).to(device).eval()
 
     def save_pretrained(self, path):
         """config.json, tokenizer/ and a model.safetensors that the released MVDream loads."""

@@ -229,7 +229,9 @@ def serve(work, pipe):
             work(*job)
             pipe.send(None)
         except Exception as error:                              # a broken model may raise anything
-            pipe.send(" ".join(str(error).split()) or type(error).__name__)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            named = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)]
+            pipe.send((named or lines)[-1].strip())         # of a traceback in it, what it says
 
 
 def in_workers(work, jobs, count):
@@ -266,6 +268,8 @@ def main(argv):
     models, out, jobs, broken = Path(args.models), Path(args.out), [], {}
     if out.resolve() == (models if models.is_dir() else models.parent).resolve():
         raise ValueError(f"{out} holds the models themselves: take another OUT")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: take another OUT")
     if not importlib.util.find_spec("bpy"):
         raise ValueError("rendering needs Blender as a Python module: `pip install bpy`, in the "
                          "matching Python version: 3.11 for bpy 5.0, and this is {}.{}".format(

@@ -172,6 +172,7 @@ def check(s):
              "t_min must not exceed t_max, both from 0 to 999; they are (at the start, at the end) "
              f"{s.t_min} and {s.t_max}"),
             (min(s.size) > 0, f"size must be at least 1, not {s.size}"),
+            (min(s.memory, s.lr_grid, s.lr_mlp) >= 0, "memory and learning rates are not below 0"),
             (s.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, not {s.loss}")):
         if not fine:
             raise ValueError(sentence)
@@ -328,14 +329,14 @@ def load_state(path, nerf, optimizer):
     """Back to where Progress.save was -> steps done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        nerf.load_state_dict(state["nerf"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state["cuda"])
+        return state["step"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, TypeError):
         raise ValueError(f"{path} cannot be read: delete it to begin the object again") from None
-    nerf.load_state_dict(state["nerf"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-    return state["step"]
 
 
 def dream_steps(model, prompt, settings=FULL, seed=0, state=None, views=None):

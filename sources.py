@@ -41,6 +41,8 @@ def read_picture(file, size, grey, name):
         with Image.open(file) as image:
             image.draft("RGB", (size, size))                 # a JPEG is decoded at about this size
             image = ImageOps.exif_transpose(image)           # as the photographer held the camera
+            if image.mode.startswith("I"):                   # 16 bits of grey, to 8
+                image = image.point(lambda value: value * (1 / 257)).convert("L")
             image = ImageOps.fit(image.convert("RGBA"), (size, size))
     except Exception as error:                               # a broken file may raise anything
         raise ValueError(f"{name} is no picture that can be read") from error
@@ -49,14 +51,24 @@ def read_picture(file, size, grey, name):
     return pixels.view(size, size, 3).movedim(-1, 0)
 
 
+def decode(text):
+    """Bytes in UTF-8, or in UTF-16 where they begin with its mark."""
+    wide = text[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return text.decode("utf-16" if wide else "utf-8-sig", "replace").strip()
+
+
 def read_text(path):
-    return path.read_text("utf-8", "replace").strip() if path.is_file() else ""
+    return decode(path.read_bytes()) if path.is_file() else ""
 
 
 def read_captions(folder):
     """captions.csv (uid, caption), as Cap3D publishes -> {uid: caption}"""
-    rows = csv.reader(read_text(folder / "captions.csv").splitlines())
-    return {row[0]: row[1] for row in rows if len(row) > 1}
+    path = folder / "captions.csv"
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        return {row[0]: row[1] for row in rows if len(row) > 1}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
 
 
 def inside(folder, name):
@@ -86,8 +98,9 @@ class Samples:
 
     def add(self, caption, path, *place):
         """An item with its own caption, unless there is one for all."""
-        if self.caption or caption:
-            self.items.append((path, *place, self.caption or caption))
+        caption = self.caption or " ".join((caption or "").split())
+        if caption:
+            self.items.append((path, *place, caption))
         else:
             self.faults[f"{self.kind} without a caption"].append(path)
 
@@ -144,7 +157,7 @@ class ViewSets(Samples):
                 else:
                     faults["pictures missing"].append(file)
             c2w = torch.stack(c2w)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RuntimeError, OSError) as error:
             raise ValueError("transforms.json without cameras that can be read") from error
         # On the orbit: looking at the centre within 11 degrees, upright within 6, rigid, and within
         # 10 degrees of the elevation of most.
@@ -182,7 +195,7 @@ class Pictures(Samples):
 
     def fill(self):
         listed = {}
-        for line in read_text(self.folder / "metadata.jsonl").splitlines():
+        for line in filter(str.strip, read_text(self.folder / "metadata.jsonl").split("\n")):
             try:
                 row = json.loads(line)
                 listed[inside(self.folder, row["file_name"])] = row["text"].strip()
@@ -214,7 +227,7 @@ class Pictures(Samples):
                     elif suffix.lower() in PICTURES:
                         pictures[stem] = member.offset_data, member.size
                     elif suffix == ".txt":
-                        texts[stem] = shard.extractfile(member).read().decode("utf-8", "replace")
+                        texts[stem] = decode(shard.extractfile(member).read())
                 whole = shard.offset <= path.stat().st_size and path.stat().st_size % 512 == 0
         except (tarfile.TarError, OSError):
             whole = False
@@ -222,7 +235,7 @@ class Pictures(Samples):
             self.faults["tar shards cut short or broken"].append(path)
         for stem, (offset, size) in pictures.items():
             if offset + size <= path.stat().st_size:
-                self.add(texts.get(stem, "").strip(), path, offset, size)
+                self.add(texts.get(stem), path, offset, size)
 
     def load(self, i, generator=None):
         path, offset, size, caption = self.items[i]
@@ -394,7 +407,7 @@ def reader(samples, args, keys):
     draws = Draws(samples, args.seed)
     return iter(torch.utils.data.DataLoader(
         draws, batch_sampler=keys, num_workers=args.workers, collate_fn=collate,
-        pin_memory=args.gpu, worker_init_fn=ignore_ctrl_c))
+        pin_memory=args.gpu, worker_init_fn=ignore_signals))
 
 
 def collate(samples):
@@ -403,8 +416,9 @@ def collate(samples):
     return torch.cat(images), c2w, captions, sum(broken, [])
 
 
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the run itself ends its step and stops
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):          # the run itself ends its step and stops
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_bytes(images):

@@ -53,12 +53,13 @@ class Tokenizer:
         self.vocab, self.merges = read_vocabulary(Path(folder))
         self.length, self.encoding = length, byte_pair_encoding(self.vocab, self.merges)
         self.encoding.add_special_tokens([BOS, EOS])
+        self.ends = self.vocab[BOS], self.vocab[EOS]
 
     def __call__(self, prompts):
         ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
         for row, prompt in zip(ids, prompts):
             words = self.encoding.encode(prompt).ids[:self.length - 2]
-            row[:len(words) + 2] = torch.tensor([self.vocab[BOS], *words, self.vocab[EOS]])
+            row[:len(words) + 2] = torch.tensor([self.ends[0], *words, self.ends[1]])
         return ids
 
     def unknown_words(self, prompt):

@@ -21,9 +21,8 @@ Letters
   x0   clean latents (N,4,h,w)       x_t  the same after t steps of noise      t (N,), eps (N,4,h,w)
   y    captions: tokens (B,77), or encoded (B,77,C) where the text encoder is frozen
   c    camera-to-world matrices (N,4,4), or None in 2D steps       theta  the weights that learn
-Run the same command again to go on where a run stopped: every random draw is a function of the seed
-and the step, so a resumed run is the unbroken run: on one CPU bit for bit, on another number of
-GPUs up to rounding.
+Run the same command again to go on where a run stopped. Every draw is a function of seed and step:
+a resumed run is the unbroken one, on one CPU bit for bit, on other numbers of GPUs up to rounding.
 """
 import argparse
 import collections
@@ -32,7 +31,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -52,6 +50,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+from layouts import read_json, write
 from mvdream import MVDream, camera_condition
 from sources import VIEWS, Folders, Photos, ToyPool, to_bytes
 from tokenizer import train_tokenizer
@@ -318,28 +317,29 @@ def save_checkpoint(model, optimizer, ema, step, args):
 
 
 def refuse_other_settings(path, old, args):
-    changed = [k for k, v in args.settings.items() if old.get(k) != v]
-    if changed:
-        raise ValueError(f"{path} was made with another --{changed[0].replace('_', '-')}: repeat "
-                         f"the old value ({old.get(changed[0])}) or take another --out")
+    for key, value in args.settings.items():
+        was = old.get(key, "unknown") if isinstance(old, dict) else "unknown"
+        if was != value:
+            raise ValueError(f"{path} was made with another --{key.replace('_', '-')}: {was} (None "
+                             "is without); repeat that, or take another --out")
 
 
 def load_checkpoint(model, args):
     """The last one that can be read -> steps done, and all of it."""
     for path in sorted(args.out.glob("checkpoint*.pt")):                        # the last first
-        with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):
+        with contextlib.suppress(Exception):                # torch.load has no class for its own
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            settings = state["settings"]
             break
         print(f"train.py: {path} cannot be read", file=sys.stderr)
     else:
         return 0, None
-    refuse_other_settings(path, state["settings"], args)
+    refuse_other_settings(path, settings, args)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} holds a model of other sizes ({first:.200}): take another --out, "
-                         "or the model of then") from error
+        raise ValueError(f"{path} holds a model of other sizes: take another --out, or that model "
+                         f"({str(error).splitlines()[1].strip():.200})") from error
     return state["step"], state
 
 
@@ -365,22 +365,20 @@ def parse(argv=None):
     add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
     add("--steps", type=int, help="of all stages (default 11000; folders 50000; photos 600)")
     add("--batch", type=int, help="pictures a step (default 512, CPU 16; folders 4096; photos 4)")
-    add("--micro", type=int, help="pictures at a time on one device (default: its share of a "
-        "batch; folders 32)")
+    add("--micro", type=int, help="pictures at a time on a device (default: its share; folders 32)")
     add("--recompute", action="store_true", help="less memory, a third more time")
     add("--workers", type=int, help="processes that read pictures (default: 8 at most; 0 on a CPU)")
     add("--lr", type=float, help="peak learning rate (default 6e-4; folders 1e-4; photos 2e-6)")
     add("--mix", type=float, default=0.7, help="share of multi-view steps (paper: 0.7)")
     add("--seed", type=int, default=0)
-    add("--out", type=Path,
-        help="folder (default outputs/train; folders: finetuned; photos: dreambooth)")
+    add("--out", type=Path, help="folder (default outputs/train, or finetuned, or dreambooth)")
     add("--device", help="cuda, cpu, mps (default: cuda, else cpu)")
     add("--attention", choices=("inflated", "none", "temporal", "new3d"),
         help="how views see each other (default: the model's; the paper's choice is inflated)")
     add("--camera", choices=("time", "text", "none"),
         help="where the camera enters (default: the model's; the paper's choice is time)")
     add("--sets", type=int, help="toy sets to render (default 40000, CPU 2000, or what is used)")
-    add("--save-every", type=float, help="seconds between checkpoints (60; folders 1800; photos 600)")
+    add("--save-every", type=float, help="seconds from save to save (60; folders 1800; photos 600)")
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
     args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"
@@ -389,7 +387,7 @@ def parse(argv=None):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.device = f"cuda:{here}" if args.device == "cuda" else args.device
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=args.device).cpu()
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device} is not here: leave it out, or take cpu") from None
     args.gpu = args.device.startswith("cuda")
@@ -423,8 +421,10 @@ def refuse(args):
     unit = VIEWS if args.mix > 0 else 1
     for wrong, sentence in (
             (args.steps < 10, f"--steps {args.steps}: at least 10 are needed"),
-            (args.sample_every < 1 or args.sets < 1, "--sample-every and --sets are at least 1"),
-            (args.lr <= 0, f"--lr {args.lr}: a learning rate is above 0"),
+            (min(args.sample_every, args.sets, args.workers + 1) < 1 or abs(args.seed) > 2 ** 40,
+             "--sample-every and --sets are at least 1, --workers 0, --seed within 2^40 of 0"),
+            (not (0 < args.lr < math.inf and 0 <= args.preserve < math.inf),
+             f"--lr {args.lr}, --preserve {args.preserve}: above 0, and not below 0"),
             (not 0 <= args.mix <= 1, f"--mix {args.mix} is a probability: between 0 and 1"),
             (args.micro < 1 or args.micro % unit or args.ranks * args.accumulate * args.micro
              != args.batch, f"--batch {args.batch} on {args.ranks} devices cannot be divided into "
@@ -453,7 +453,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     trained = args.out / "trained.json"             # what the finished model in there was made with
     if trained.exists():
-        refuse_other_settings(trained, json.loads(trained.read_text()), args)
+        refuse_other_settings(trained, read_json(trained), args)
         return print(f"nothing to do: this command made the model in {args.out}/ before")
     torch.manual_seed(args.seed)
     if args.compile:
@@ -479,7 +479,7 @@ def main(argv=None):
         try:
             sample_sheet(model, args.out / "samples.png", source.prompts)
             model.half().save_pretrained(args.out)
-            trained.write_text(json.dumps(args.settings))
+            write(trained, json.dumps(args.settings))
         except (SafetensorError, OSError) as error:
             raise OSError(f"{args.out}: the model could not be written ({error}): make room on the "
                           "disk; the same command goes on from the last checkpoint") from error

@@ -1,5 +1,6 @@
 """The command line, from prompt to files, with a micro model of random weights."""
 import json
+import math
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate
 import sds
@@ -235,11 +237,54 @@ def test_unknown_words_are_named(command):
     (["a", "--device", "cuda:9"], "cuda:9"), (["a", "--out", __file__], __file__),
     (["a", "--preset", "huge"], "huge"), (["a", "--set", "batch=6"], "batch"),
     (["a", "--set", "t_min=980,600"], "t_min"), (["a", "--set", "speed=3"], "speed"),
-    (["a", "--set", "levels=few"], "levels=few"), (["a", "--set", "size=0"], "size")])
+    (["a", "--set", "levels=few"], "levels=few"), (["a", "--set", "size=0"], "size"),
+    (["a", "--guidance", "inf"], "--guidance inf"), (["a", "--memory", "inf"], "--memory inf"),
+    (["a", "--views", 10 ** 20], "--views"), (["a", "--seed", 2 ** 64], "--seed"),
+    (["a", "--views-only", "--steps", 1000], "--steps 1000"), (["--prompts", ""], "prompt"),
+    (["a", "--negative", "\udcff"], "not text"), (["a", "--set", "memory=nan"], "memory=nan"),
+    (["a", "--set", "lr_grid=-1"], "learning rates"), (["a", "--set", "fov=nan"], "fov=nan"),
+    (["a", "--set", "__class__=1"], "__class__"), (["a", "--set", "resolutions=1"], "resolutions")])
 def test_what_is_wrong_is_said_in_one_line(command, tmp_path, words, named):
     status, text, errors = command(*words)
     assert status == 2 and len(errors) == 1 and named in errors[0] and not text
     assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
+
+
+def test_views_that_are_no_numbers_are_refused(command, model, tmp_path):
+    shutil.copytree(model, tmp_path / "nan")
+    weights = load_file(model / "model.safetensors")
+    name = "model.diffusion_model.out.2.bias"
+    save_file(weights | {name: weights[name] * math.nan}, tmp_path / "nan" / "model.safetensors")
+    status, text, errors = command("a duck", "--views-only", "--model", tmp_path / "nan")
+    assert status == 2 and len(errors) == 1 and "no numbers" in errors[0]
+    assert files(tmp_path / "out" / "a-duck") == ["settings.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", b"PK short", "half", {"step": 3}, [1]])
+def test_a_state_that_cannot_be_read_is_one_sentence(command, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(generate, "PERIOD", 0)
+    monkeypatch.setattr(sds, "dream_steps", broken_off(3, kill))
+    with pytest.raises(Killed):
+        command("a duck", "--steps", 6)
+    monkeypatch.undo()
+    state = tmp_path / "out" / "a-duck" / "state.pt"
+    whole = state.read_bytes()
+    if isinstance(damage, (dict, list)):
+        torch.save(damage, state)
+    else:
+        state.write_bytes(whole[:len(whole) // 2] if damage == "half" else damage)
+    status, _, errors = command("a duck", "--steps", 6)
+    assert status == 2 and len(errors) == 1 and "state.pt cannot be read: delete it" in errors[0]
+
+
+def test_a_marked_prompt_file_and_a_folder_of_a_killed_run(command, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red duck\r\n")
+    folder = tmp_path / "out" / "a-red-duck"
+    folder.mkdir(parents=True)
+    (folder / "part-settings.json").write_text("{")
+    assert command("--prompts", tmp_path / "prompts.txt", "--views-only")[0] == 0
+    assert files(folder) == ["settings.json", "views.png"]
+    assert json.loads((folder / "settings.json").read_text())["prompt"] == "a red duck"
 
 
 def test_a_truncated_weight_file(command, model, tmp_path):

@@ -517,6 +517,26 @@ def test_damaged_files(layouts, tmp_path):
             refused(tmp_path / path.name, path.name, "cut short")
 
 
+@pytest.mark.parametrize("file, content", [
+    ("config.json", lambda c: c["unet"].update(depth=1)), ("config.json", lambda c: c.update(vae=None)),
+    ("config.json", lambda c: c["unet"].update(num_head_channels=0)),
+    ("config.json", lambda c: c.update(latent_mean=[0.0])),
+    ("config.json", lambda c: c["text"].update(width="wide")),
+    ("tokenizer/vocab.json", lambda v: v.update(hat=10 ** 6)),
+    ("tokenizer/vocab.json", lambda v: v.pop("<|startoftext|>")),
+    ("tokenizer/merges.txt", b"a b\nqq"), ("tokenizer/merges.txt", b"\x80\xb0")])
+def test_files_that_do_not_fit_together(layouts, tmp_path, file, content):
+    shutil.copytree(layouts[3], tmp_path / "ours")
+    file = tmp_path / "ours" / file
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        value = json.loads(file.read_text())
+        content(value)
+        file.write_text(json.dumps(value))
+    refused(tmp_path / "ours", str(tmp_path / "ours"), error=ValueError)
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, (os.environ["TRAP"],)

@@ -173,15 +173,17 @@ def work_or_die(folder, what):
         os.abort()
     if what == "fail":
         raise RuntimeError("two\nlines")
+    if what == "bpy":
+        raise RuntimeError("Error: Python: Traceback:\n  File x\nValueError: too small\nLocation: y")
     (folder / str(what)).write_text("done")
 
 
 def test_a_worker_that_dies_takes_one_job_with_it(tmp_path):
-    jobs = [(tmp_path, what) for what in (1, "die", 2, "fail", 3)]
+    jobs = [(tmp_path, what) for what in (1, "die", 2, "fail", 3, "bpy")]
     faults = sorted((str(what), fault) for (_, what), fault
                     in render.in_workers(work_or_die, jobs, 2))
-    assert faults == [("1", None), ("2", None), ("3", None), ("die", "Blender itself died of it"),
-                      ("fail", "two lines")]
+    assert faults == [("1", None), ("2", None), ("3", None), ("bpy", "ValueError: too small"),
+                      ("die", "Blender itself died of it"), ("fail", "lines")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
 
 
@@ -197,6 +199,9 @@ def test_what_is_wrong_is_one_sentence(tmp_path, monkeypatch):
         render.main([str(tmp_path), str(tmp_path / "out"), "--views", "3"])
     with pytest.raises(ValueError, match="holds the models themselves"):
         render.main([str(tmp_path), str(tmp_path)])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        render.main([str(tmp_path), str(tmp_path / "file")])
     monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`pip install bpy`, in the matching Python version"):
         render.main([str(tmp_path), str(tmp_path / "out")])

@@ -2,6 +2,7 @@
 depend on nothing but seed and step, and what broken data gets."""
 import io
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -247,6 +248,44 @@ def test_a_picture_that_is_none_is_named_and_replaced(tmp_path):
         sources.Draws(sources.Pictures(tmp_path, size=8), 0)[0, 0]
 
 
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    for value in 0, 5000, 65535:
+        Image.new("I;16", (8, 8), value).save(tmp_path / "grey.png")
+        read = sources.read_picture(tmp_path / "grey.png", 4, 0, "grey.png")
+        assert read.shape == (3, 4, 4) and (read == value // 257).all()
+
+
+def test_texts_of_every_kind(tmp_path):
+    """Byte-order marks, UTF-16, line ends inside of captions: as spreadsheets save them."""
+    for name, text in (("a", b"\xef\xbb\xbfone"), ("b", "two".encode("utf-16")), ("c", b" th\n ree\n")):
+        write_picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    write_picture(tmp_path / "d.png")
+    row = json.dumps({"file_name": "d.png", "text": "fo\u2028ur"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(row + "\n\n", "utf-8")
+    pictures = sources.Pictures(tmp_path)
+    assert [caption for *_, caption in pictures.items] == ["one", "two", "th ree", "fo ur"]
+    assert not pictures.faults
+    (tmp_path / "captions.csv").write_text('\ufeffuid,"a\nchair\x85red"\nother,b\n', "utf-8", newline="")
+    assert sources.read_captions(tmp_path) == {"uid": "a\nchair\x85red", "other": "b"}
+    for broken in '"' + 200_000 * "x" + '"', 'uid,"no end\nother,b\n':
+        (tmp_path / "captions.csv").write_text(broken)
+        with pytest.raises(ValueError, match="captions.csv, line"):
+            sources.read_captions(tmp_path)
+
+
+def test_one_odd_object_does_not_stop_the_others(tmp_path):
+    write_object(tmp_path / "good" / "chair")
+    for name, change in (("huge", ("[1.0", "[1" + 400 * "0")), ("long", ("./r_0", 5000 * "x"))):
+        path = write_object(tmp_path / name / "chair") / "transforms.json"
+        matrix = json.loads(path.read_text())
+        matrix["frames"][0]["transform_matrix"] = [[1.0] * 4] * 4
+        path.write_text(json.dumps(matrix).replace(*change))
+    (tmp_path / "folder" / "chair" / "transforms.json").mkdir(parents=True)
+    sets = sources.ViewSets(tmp_path)
+    assert len(sets) == 1 and "3 transforms.json without cameras" in str(sets)
+
+
 # ---- python data.py FOLDER -----------------------------------------------------------------------
 
 def test_checking_a_folder(tmp_path):
@@ -290,3 +329,13 @@ def test_captions_are_encoded_once_and_the_last_4000_kept():
     known.update({f"of before {i}": y[0].half() for i in range(3998)})
     sources.encode_captions(["8"], model, args, known)
     assert len(known) == 4000 and "7" not in known and {"9", "8"} < set(known)
+
+
+def test_workers_leave_signals_to_the_run():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sources.ignore_signals(0)
+        assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

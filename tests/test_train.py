@@ -170,7 +170,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (["--steps", "0"], "--steps"), (["--batch", "10"], "--batch"), (["--mix", "1.5"], "--mix"),
-    (["--device", "abacus"], "--device"), (["--lr", "-1"], "--lr")])
+    (["--device", "abacus"], "--device"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--device", "meta"], "--device"), (["--preserve", "-1"], "--preserve"),
+    (["--seed", "9" * 20], "--seed"), (["--workers", "-2"], "--workers")])
 def test_one_sentence_and_status_2(flags, word, tmp_path):
     result = subprocess.run([sys.executable, "train.py", *flags, "--out", str(tmp_path / "new")], cwd=ROOT,
                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -186,6 +188,27 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=f"{name} was made with another --lr"):
             run(monkeypatch, tmp_path, "--lr", "1e-5")
         (tmp_path / name).unlink()
+    for content in "[]", "{}", "":                                   # of something else
+        (tmp_path / "trained.json").write_text(content)
+        with pytest.raises(ValueError, match="trained.json"):
+            run(monkeypatch, tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_not_read(monkeypatch, tmp_path, capsys):
+    for content in {"a": 1}, [1]:
+        torch.save(content, tmp_path / "checkpoint.pt")
+        (tmp_path / "trained.json").unlink(missing_ok=True)
+        run(monkeypatch, tmp_path)
+        assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_very_end(monkeypatch, tmp_path):
+    (tmp_path / "trained.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="make room"):
+        run(monkeypatch, tmp_path)
+    assert not list(tmp_path.glob("trained.json*"))
+    run(monkeypatch, tmp_path)
+    assert json.loads((tmp_path / "trained.json").read_text())["steps"]
 
 
 # ---- data from outside, several ranks, DreamBooth ------------------------------------------------
