@@ -298,8 +298,7 @@ def swap(parameters, ema):
 # ---- files ---------------------------------------------------------------------------------------
 
 def save_checkpoint(model, optimizer, ema, step, args):
-    """Everything a run needs to go on. Written beside its place, then renamed: never half a file;
-    and the one before is kept."""
+    """All that a run needs to go on: written beside its place, then renamed; one before is kept."""
     new, path, old = (args.out / f"checkpoint{end}" for end in (".tmp", ".pt", "_before.pt"))
     try:
         with open(new, "wb") as file:
@@ -333,6 +332,8 @@ def load_checkpoint(model, args):
             break
         print(f"train.py: {path} cannot be read", file=sys.stderr)
     else:
+        if next(args.out.glob("checkpoint*.pt"), None):
+            raise ValueError(f"{args.out}: no checkpoint can be read; delete them to begin again")
         return 0, None
     refuse_other_settings(path, settings, args)
     try:
@@ -431,8 +432,7 @@ def refuse(args):
              f"--micro {args.micro} pictures at a time, in sets of {unit}"),
             (args.kind != "toy" and not args.model, "--data, --images, --dreambooth go on from a "
              "model: say which with --model (weights/tiny, or Stable Diffusion 2.1's)"),
-            (args.dreambooth and (args.data or args.images), "--dreambooth takes photos alone: "
-             "leave out --data and --images"),
+            (args.dreambooth and (args.data or args.images), "--dreambooth takes photos alone"),
             (bool(args.dreambooth) != bool(args.subject), "--dreambooth photos/ and --subject "
              '"a photo of sks dog" belong together: give both')):
         if wrong:

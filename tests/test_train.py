@@ -197,9 +197,10 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, tmp_path):
 def test_a_checkpoint_of_something_else_is_not_read(monkeypatch, tmp_path, capsys):
     for content in {"a": 1}, [1]:
         torch.save(content, tmp_path / "checkpoint.pt")
-        (tmp_path / "trained.json").unlink(missing_ok=True)
-        run(monkeypatch, tmp_path)
+        with pytest.raises(ValueError, match="no checkpoint can be read; delete"):
+            run(monkeypatch, tmp_path)                               # and nothing is written over it
         assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_full_disk_at_the_very_end(monkeypatch, tmp_path):
