@@ -93,8 +93,9 @@ def understood(path):
         named = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError)
         if named or isinstance(error, torch.OutOfMemoryError):
             raise
+        said = " ".join(str(error).split())
         raise ValueError(f"{path}: a model whose files are broken or do not fit together "
-                         f"({type(error).__name__}: {' '.join(str(error).split()):.200})") from error
+                         f"({type(error).__name__}: {said:.200})") from error
 
 
 def take(tensors, prefix):

@@ -267,10 +267,10 @@ class MVDream(nn.Module):
         with understood(path):
             source, config, weights = read_model(path)
             unet = UNet.fill(source, config, weights, device, dtype)
-            vae, text = (fill(kind, config_of(**config[part]), weights[name], f"{source}, {part}",
-                              device, dtype) for kind, config_of, part, name in (
-                (AutoencoderKL, VAEConfig, "vae", "vae"),
-                (TextEncoder, TextConfig, "text", "text_encoder")))
+            vae = fill(AutoencoderKL, VAEConfig(**config["vae"]), weights["vae"],
+                       f"{source}, vae", device, dtype)
+            text = fill(TextEncoder, TextConfig(**config["text"]), weights["text_encoder"],
+                        f"{source}, text", device, dtype)
             tokenizer = Tokenizer(folder / "tokenizer", text.config.max_length)
             if max(tokenizer.vocab.values()) >= text.config.vocab_size:
                 raise ValueError(f"{folder}/tokenizer: has more tokens than the text encoder knows")

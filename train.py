@@ -316,23 +316,23 @@ def save_checkpoint(model, optimizer, ema, step, args):
 
 
 def refuse_other_settings(path, old, args):
+    old = old if isinstance(old, dict) else {}                      # a file of something else
     for key, value in args.settings.items():
-        was = old.get(key, "unknown") if isinstance(old, dict) else "unknown"
-        if was != value:
+        if (was := old.get(key, "unknown")) != value:
             raise ValueError(f"{path} was made with another --{key.replace('_', '-')}: {was} (None "
                              "is without); repeat that, or take another --out")
 
 
 def load_checkpoint(model, args):
     """The last one that can be read -> steps done, and all of it."""
-    for path in sorted(args.out.glob("checkpoint*.pt")):                        # the last first
+    for path in (paths := sorted(args.out.glob("checkpoint*.pt"))):             # the last first
         with contextlib.suppress(Exception):                # torch.load has no class for its own
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             settings = state["settings"]
             break
         print(f"train.py: {path} cannot be read", file=sys.stderr)
     else:
-        if next(args.out.glob("checkpoint*.pt"), None):
+        if paths:
             raise ValueError(f"{args.out}: no checkpoint can be read; delete them to begin again")
         return 0, None
     refuse_other_settings(path, settings, args)
