@@ -72,6 +72,7 @@ RUNS = {            # what is trained on, and what that needs unless flags say o
                    out=Path("outputs/dreambooth"))}
 
 AUTOENCODER, BASE = 0.22, 0.16      # stages as shares of --steps; the joint stage takes the rest
+ONLY_3D = "camera_embed", "norm4", "attn3"          # layers of the UNet that 2D steps do not use
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -119,14 +120,11 @@ def preservation(theta, weight):
 
 
 class Loss(torch.nn.Module):
-    """L_MV, and DreamBooth's term `keep`, as a module that holds the model, for DDP."""
+    """L_MV as a module that holds the model, for DDP."""
 
-    def __init__(self, model, loss, keep):
+    def __init__(self, model, loss):
         super().__init__()
-        self.model, self.loss, self.keep = model, loss, keep
-
-    def forward(self, *batch):
-        return self.loss(self.model, *batch) + self.keep()
+        self.model, self.forward = model, functools.partial(loss, model)
 
 
 def shares(mode, args):
@@ -193,11 +191,11 @@ def train(model, source, args):
     theta = [p for network in (model.unet, model.text_encoder)[:1 + args.train_text]
              for name, p in network.named_parameters() if not (frozen and ".attn1." in name)]
     keep = preservation(theta, args.preserve) if args.dreambooth else lambda: 0
+    only_3d = [p for name, p in model.unet.named_parameters() if any(k in name for k in ONLY_3D)]
     if gpu:
         torch.backends.cudnn.benchmark = True                           # shapes never change
         torch.set_float32_matmul_precision("high")                      # TF32 where no bf16
-        model.vae.to(memory_format=torch.channels_last)
-        model.unet.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
     for block in model.unet.modules() if args.recompute else ():    # keep only what enters a block
         if isinstance(block, (ResBlock, TransformerBlock)):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -226,18 +224,15 @@ def train(model, source, args):
                 objective = compiled(autoencoder_loss)
             else:
                 first, end, parameters = args.autoencoder_steps, args.steps, theta
-                objective = Loss(model, compiled(diffusion_loss), keep)
+                objective = Loss(model, compiled(diffusion_loss))
                 with autocast(enabled=gpu and source.half):
                     source.begin(compiled(model.vae.encode))
             model.requires_grad_(False)
             parameters = [p.requires_grad_() for p in parameters]
-            # Ranks average gradients while the backward pass goes on, 200 MB at a time (there
-            # torch.compile cuts its graphs too). 2D steps do not use the camera's layers.
+            # Ranks average gradients, 200 MB at a time.
             if args.ranks > 1 and mode:
-                objective = DistributedDataParallel(
-                    objective, broadcast_buffers=False, bucket_cap_mb=200,
-                    gradient_as_bucket_view=True,
-                    find_unused_parameters=args.mix < 1 or args.base_steps > 0)
+                objective = DistributedDataParallel(objective, broadcast_buffers=False,
+                                                    bucket_cap_mb=200, gradient_as_bucket_view=True)
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=gpu)  # decay 0.01
             ema = [p.detach().clone() for p in parameters]
             if state:
@@ -249,9 +244,13 @@ def train(model, source, args):
         for part in parts:
             meet = args.ranks == 1 or part is parts[-1]               # ranks do so once a step
             with autocast(enabled=gpu), contextlib.nullcontext() if meet else objective.no_sync():
-                loss = objective(*draw(model, source, mode, step, part, args))
-            (loss / len(parts)).backward()
+                loss = objective(*draw(model, source, mode, step, part, args)) + keep()
+            # Ranks wait for a gradient of every weight: to these, a 2D step gives one of 0.
+            zero = sum(0 * p.sum() for p in only_3d if mode == "2d")
+            (loss / len(parts) + zero).backward()
             losses[mode or "vae"].append(loss.detach())
+        for p in only_3d if mode == "2d" else ():
+            p.grad = None                                             # or momentum would move them
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - first, end - first, args.lr, args.floor)
@@ -383,8 +382,8 @@ def parse(argv=None):
     add("--sample-every", type=int, default=2000, help="steps between pictures of samples")
     args = parser.parse_args(argv)
     args.kind = "photos" if args.dreambooth else "folders" if args.data or args.images else "toy"
-    args.rank, args.ranks, here = (int(os.environ.get(key, value)) for key, value in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))                     # as torchrun says
+    args.rank, args.ranks, here, near = (int(os.environ.get(key, value)) for key, value in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # by torchrun
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.device = f"cuda:{here}" if args.device == "cuda" else args.device
     try:
@@ -406,7 +405,7 @@ def parse(argv=None):
     args.base_steps = int(BASE * args.steps * fresh)
     args.train_text = args.train_text or args.kind == "toy"
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() // args.ranks) if args.gpu else 0
+        args.workers = min(8, os.cpu_count() // near) if args.gpu else 0
     seen = (args.steps - args.autoencoder_steps) * args.batch // VIEWS
     args.sets = args.sets or max(16, min(seen, 40_000 if args.gpu else 2_000))
     args.report = 50 if args.gpu else 5
@@ -459,6 +458,7 @@ def main(argv=None):
     if args.compile:
         data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
     if args.ranks > 1:
+        torch._dynamo.config.optimize_ddp = False       # its graphs, cut where ranks meet, are slower
         if args.gpu:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.gpu else "gloo")

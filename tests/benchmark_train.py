@@ -6,10 +6,11 @@
     python tests/benchmark.py train --dreambooth                         one subject, four photos
 
 Every row is train.py's own loop, optimizer and moving average included, printed when it is known.
-  set     four views of one object, 256x256; the text is encoded beforehand, as in training
+  set     four views of one object, 256x256; where latents are at hand, so is the encoded text
   MFU     the network's arithmetic, three times its forward pass, as a share of the rate at which
           the same run multiplies two 8192x8192 matrices in bfloat16
-  busy    a step whose pictures are on the device already, over one that reads them from disk
+  busy    a step whose pictures are on the device already, over one that reads them from disk; both
+          encode pictures and captions
 An ablation goes on from a base that knows single pictures only; a FOLDER without one is filled
 first: weights/tiny's autoencoder, a new network trained in 2D, the toy world's latents for all rows.
 Its columns, and DreamBooth's, are those of benchmark_quality.py.
@@ -65,8 +66,15 @@ def flags(options, model, out, steps, batch, lr, *more):
 
 # ---- Speed and memory ----------------------------------------------------------------------------
 
+class New(dict):
+    """Nothing is known in it: every caption is encoded, as with sets as large as the paper's."""
+
+    def __contains__(self, key):
+        return False
+
+
 class Ready:
-    """Batches that are on the device already: latents, or pictures to encode at each step."""
+    """Batches that are on the device already: latents and encoded captions, or both to encode."""
     half, broken, prompts = True, (), [""]
 
     def __init__(self, model, args, pictures):
@@ -75,17 +83,19 @@ class Ready:
         self.x0, self.y, self.empty = (torch.randn(shape, device=args.device) for shape in shapes)
         self.c2w = data.orbit_cameras(VIEWS).repeat(n // VIEWS, 1, 1).to(args.device)
         self.images = torch.randint(256, (n, 3, s, s), dtype=torch.uint8).to(args.device)
-        self.scale, self.pictures = model.vae.config.scale_factor, pictures
+        self.model, self.args, self.pictures = model, args, pictures
+        self.captions = toy_prompts("seen", n // VIEWS)
 
     def begin(self, encode):
         self.encode = encode
 
     @torch.no_grad()
     def batch(self, mode, step, part, generator):
-        x0 = self.x0
-        if self.pictures:
-            x0 = self.encode(sources.from_bytes(self.images))[0].float() * self.scale
-        return (x0, self.y[::VIEWS], self.c2w) if mode == "3d" else (x0, self.y, None)
+        if self.pictures:                               # of view sets alone
+            x0 = self.encode(sources.from_bytes(self.images))[0].float()
+            x0 = x0 * self.model.vae.config.scale_factor
+            return x0, sources.encode_captions(self.captions, self.model, self.args, New()), self.c2w
+        return (self.x0, self.y[::VIEWS], self.c2w) if mode == "3d" else (self.x0, self.y, None)
 
 
 class Stopwatch:
@@ -191,9 +201,10 @@ def speed(options):
     with tempfile.TemporaryDirectory() as folder:
         write_sets(Path(folder) / "renders", 200 if gpu else 8, model.image_size, options.device)
         for what, how, n in [row for row in rows if options.only in " ".join(row[:2])]:
-            args = settings(options, folder, n, 18, *["--recompute"] * (how == "--recompute"))
+            args = settings(options, folder, n, 24, *["--recompute"] * (how == "--recompute"))
             source = (Ready(model, args, what == "pictures") if what != "disk" else
                       train.Folders(model, args, functools.partial(train.plan, args)))
+            source.known = New()
             try:
                 t, peak = measure(model, source, args, how == "compiled")
             except torch.OutOfMemoryError:

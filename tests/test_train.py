@@ -370,6 +370,34 @@ def test_another_attention_or_camera_starts_as_the_model_that_it_changes(world):
     assert unet.changed(attention=None, camera="time") is unet
 
 
+@pytest.mark.parametrize("attention", ["inflated", "none", "temporal", "new3d"])
+@pytest.mark.parametrize("camera", ["time", "text", "none"])
+def test_what_2d_steps_leave_alone_is_known(world, attention, camera):
+    unet = MVDream.from_pretrained(world / "model").unet.changed(attention=attention, camera=camera)
+    unet.requires_grad_()(torch.randn(2, 4, 8, 8), torch.ones(2), torch.randn(2, 77, 32)).sum().backward()
+    left = {name for name, p in unet.named_parameters() if p.grad is None}
+    assert left == {name for name, _ in unet.named_parameters() if any(k in name for k in train.ONLY_3D)}
+
+
+def test_2d_steps_leave_the_camera_as_it_is(world, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "stage_of", lambda step, _: ("joint", "3d" if step < 4 else "2d"))
+    monkeypatch.setattr(train, "save_checkpoint", lambda model, *_: seen.append(torch.cat(
+        [p.flatten() for p in model.unet.camera_embed.parameters()])))
+    tune(world, tmp_path)
+    assert len(seen) == 11 and not torch.equal(seen[2], seen[3])
+    assert torch.equal(seen[3], seen[-1])                            # no decay, and momentum rests
+
+
+def test_workers_share_the_cpus_of_their_machine_alone(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(()))     # as if a GPU were here
+    for key, value in {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 4, "RANK": 9, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    args = train.parse(["--model", "m", "--data", "d", "--device", "cuda"])
+    assert (args.device, args.rank, args.workers) == ("cuda:1", 9, 6)
+
+
 def test_a_model_goes_on_in_the_toy_world_with_another_attention(world, tmp_path):
     def go_on(model, out, *more):
         train.main(["--model", str(model), "--steps", "12", "--batch", "8", "--sets", "3", "--lr",
