@@ -32,7 +32,6 @@ PERIOD = 10                 # seconds from one preview and saved state to the ne
 
 # ---- The command line: what can be wrong in it is found before PyTorch is imported ---------------
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         sys.exit(fail(message))
@@ -155,7 +154,6 @@ def with_values(s, texts):
 
 # ---- Files: written whole or not at all ----------------------------------------------------------
 
-
 @contextlib.contextmanager
 def writing(path):
     """A temporary name to write to; it becomes `path` once all of it is there."""
@@ -195,7 +193,6 @@ def folder_for(out, prompt, record):
 
 
 # ---- The work ------------------------------------------------------------------------------------
-
 
 def open_model(args):
     """-> the model on its device. On a CPU: as many threads as cores are granted, no more."""

@@ -207,7 +207,8 @@ class Schedule(nn.Module):
 def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
     """DDIM: to the predicted x0, and back to the next, lower noise level: the part eta drawn anew.
 
-    Times as released: from 1 on, 1000 // steps apart (30 steps are 31); the last goes to abar[0].
+    Times as released: from 1 on, 1000 // steps apart (30 steps are 31; one step, at time 1, leaves
+    the noise as it is); the last goes to abar[0].
     """
     times = [*reversed(range(1, 1000, 1000 // steps)), 0]
     x = start + abar[times[0]] ** 0.5 * mean
@@ -363,7 +364,9 @@ class MVDream(nn.Module):
         mean = self.latent_mean.to(noise)[:, None, None]
         start = denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps
         x0 = dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
-        return self.decode_latents(x0.flatten(0, 1)).unflatten(0, (B, V)) if decode else x0
+        if not decode:
+            return x0
+        return self.decode_latents(x0.flatten(0, 1)).clamp(-1, 1).unflatten(0, (B, V))
 
     def accelerate(self, compile=None):
         """In place, for inference: half precision where it is fast, channels last and, on a GPU,

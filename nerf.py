@@ -26,7 +26,6 @@ from mesh import marching_tetrahedra, remove_specks
 
 # ---- The field -----------------------------------------------------------------------------------
 
-
 @dataclass
 class NeRFConfig:
     levels: int = 16
@@ -283,7 +282,6 @@ class NeRF(nn.Module):
 
 
 # ---- From views to 3D: the smallest complete lesson ----------------------------------------------
-
 
 def fit(nerf, images, origins, directions, steps, rays=4096):
     """Fit to images (...,3) seen along these rays, by squared error; yields each step's PSNR.

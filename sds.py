@@ -33,7 +33,6 @@ from nerf import NeRF, NeRFConfig
 
 # ---- What the model wants: guidance, and two clamps against the over-saturation it brings --------
 
-
 def guide(noise_text, noise_uncond, scale):
     """Classifier-free guidance."""
     return noise_uncond + scale * (noise_text - noise_uncond)
@@ -171,6 +170,8 @@ def check(s):
             (all(0 <= low <= high <= 999 for low, high in pairs),
              "t_min must not exceed t_max, both from 0 to 999; they are (at the start, at the end) "
              f"{s.t_min} and {s.t_max}"),
+            (0 < min(s.fov) and max(s.fov) < 180, f"fov must lie between 0 and 180, not {s.fov}"),
+            (min(s.distance) > 0, f"distance must be above 0, not {s.distance}"),
             (min(s.size) > 0, f"size must be at least 1, not {s.size}"),
             (min(s.memory, s.lr_grid, s.lr_mlp) >= 0, "memory and learning rates are not below 0"),
             (s.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, not {s.loss}")):
@@ -179,7 +180,6 @@ def check(s):
 
 
 # ---- What changes as a run goes on, and what is drawn anew in each step --------------------------
-
 
 def ramp(pair, s, step, end):
     """From pair[0] to pair[1] linearly, arriving at the part `end` of the run."""
@@ -222,7 +222,6 @@ def draw_lights(positions, num_views):
 
 
 # ---- One step ------------------------------------------------------------------------------------
-
 
 def draw_scene(s, step, device, fixed=None):
     """What a step renders and how: arguments of NeRF.render, and the cameras c2w (N, 4, 4).
@@ -282,7 +281,6 @@ def distil(model, s, step, pictures, context, c2w):
 
 
 # ---- The loop ------------------------------------------------------------------------------------
-
 
 class Progress(NamedTuple):
     """Where a run stands. Tensors stay on the device: reading one waits for it."""

@@ -159,12 +159,13 @@ class ViewSets(Samples):
             c2w = torch.stack(c2w)
         except (ValueError, LookupError, TypeError, OverflowError, RuntimeError, OSError) as error:
             raise ValueError("transforms.json without cameras that can be read") from error
-        # On the orbit: looking at the centre within 11 degrees, upright within 6, rigid, and within
-        # 10 degrees of the elevation of most.
+        # On the orbit: looking at the centre within 11 degrees, upright within 6, rigid, no mirror,
+        # and within 10 degrees of the elevation of most.
         back, position = c2w[:, :3, 2], F.normalize(c2w[:, :3, 3], dim=-1)
         elevation = torch.rad2deg(torch.asin(back[:, 2].clamp(-1, 1)))
         good = ((back * position).sum(-1) > 0.98) & (c2w[:, 2, 0].abs() < 0.1)
         good &= (c2w[:, :3, :3].mT @ c2w[:, :3, :3] - torch.eye(3)).abs().amax((1, 2)) < 0.01
+        good &= (c2w[:, 2, 1] > 0) & (torch.linalg.det(c2w[:, :3, :3]) > 0)
         good &= (elevation - elevation[good].nanmedian()).abs() < 10
         if not good.all():
             faults["cameras off the orbit"].extend(f for f, g in zip(files, good) if not g)

@@ -225,14 +225,14 @@ def train(model, source, args):
             else:
                 first, end, parameters = args.autoencoder_steps, args.steps, theta
                 objective = Loss(model, compiled(diffusion_loss))
-                with autocast(enabled=gpu and source.half):
-                    source.begin(compiled(model.vae.encode))
             model.requires_grad_(False)
             parameters = [p.requires_grad_() for p in parameters]
-            # Ranks average gradients, 200 MB at a time.
-            if args.ranks > 1 and mode:
+            if args.ranks > 1 and mode:     # all go on from rank 0's weights, the autoencoder's too
                 objective = DistributedDataParallel(objective, broadcast_buffers=False,
                                                     bucket_cap_mb=200, gradient_as_bucket_view=True)
+            if mode:
+                with autocast(enabled=gpu and source.half):
+                    source.begin(compiled(model.vae.encode))
             optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=gpu)  # decay 0.01
             ema = [p.detach().clone() for p in parameters]
             if state:
@@ -260,7 +260,7 @@ def train(model, source, args):
             decay = min(0.999, (1 + step - first) / (10 + step - first))
             torch._foreach_lerp_(ema, parameters, 1 - decay)
 
-        # Report. Reading the losses waits for the device, so it is not done every step.
+        # Report rank 0's losses. Reading them waits for the device: not every step does.
         if step % args.report == args.report - 1 or step == args.steps - 1:
             means = {k: torch.stack(v).mean().item() for k, v in sorted(losses.items())}
             losses.clear()
@@ -348,7 +348,7 @@ def sample_sheet(model, path, prompts):
     """Four views of a few prompts, one row each."""
     views = model.sample(prompts, data.orbit_cameras(VIEWS, 15.0), steps=20, guidance_scale=3.0)
     sheet = views.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)   # (B,V,3,H,W) -> (B*H,V*W,3)
-    Image.fromarray(to_bytes(sheet.clamp(-1, 1)).cpu().numpy()).save(path)
+    Image.fromarray(to_bytes(sheet).cpu().numpy()).save(path)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def main(argv=None):
     if args.compile:
         data.trace = torch.compile(data.trace, dynamic=False)           # ten times faster rendering
     if args.ranks > 1:
-        torch._dynamo.config.optimize_ddp = False       # its graphs, cut where ranks meet, are slower
+        torch._dynamo.config.optimize_ddp = False      # graphs cut where ranks meet are slower
         if args.gpu:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.gpu else "gloo")

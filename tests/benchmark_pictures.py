@@ -83,7 +83,7 @@ def guidance(model, path):
         for scale in (1.0, 3.0, 7.5, 15.0, 30.0, 50.0):
             views = model.sample([PROMPT + data.SUFFIX], c2w, steps=30, guidance_scale=scale,
                                  rescale=rescale)[0]
-            spread = (views.clamp(-1, 1).amax(1) - views.clamp(-1, 1).amin(1)).mean().item() / 2
+            spread = (views.amax(1) - views.amin(1)).mean().item() / 2
             cells.append((f"{scale:g}: colour {spread:.2f}", views[0]))
         rows.append((f"rescale {rescale:g}; guidance, and the mean of max(r,g,b) - min(r,g,b)", cells))
     page(path, rows)

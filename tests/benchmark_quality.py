@@ -90,7 +90,7 @@ def generate(model, prompts, c2w, steps, guidance):
     """-> (B,V,H,W,3) in [0,1], on the model's device"""
     views = torch.cat([model.sample(prompts[i:i + 16], c2w[i:i + 16], steps=steps, seed=i,
                                     guidance_scale=guidance) for i in range(0, len(prompts), 16)])
-    return (views.permute(0, 1, 3, 4, 2).clamp(-1, 1) + 1) / 2
+    return (views.permute(0, 1, 3, 4, 2) + 1) / 2
 
 
 @torch.no_grad()

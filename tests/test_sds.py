@@ -173,7 +173,8 @@ def test_lights_are_shared_by_a_set():
     (dict(steps=0), "steps"), (dict(guidance=-1), "guidance"), (dict(rescale=2), "rescale"),
     (dict(batch=(6, 4)), "batch"), (dict(batch=(0, 4)), "batch"), (dict(t_min=(980, 600)), "t_min"),
     (dict(t_max=(1200, 500)), "t_max"), (dict(loss="vsd"), "loss"),
-    (dict(threshold=-1.0), "threshold")])
+    (dict(threshold=-1.0), "threshold"), (dict(fov=(0, 0)), "fov"), (dict(fov=(50, 180)), "fov"),
+    (dict(distance=(0, 1)), "distance")])
 def test_impossible_settings_are_named(wrong, word):
     with pytest.raises(ValueError, match=word):
         sds.check(replace(sds.FULL, **wrong))

@@ -101,15 +101,17 @@ def test_cameras_off_the_orbit_are_counted_and_not_used(tmp_path):
     matrices[2] = data.look_at_origin(torch.tensor(80.), torch.tensor(60.))    # from far above
     matrices[3][:3, :3] *= 2                                                # is no rotation
     matrices[4][:3, :2] = matrices[4][:3, [1, 0]] * torch.tensor([1., -1.])   # lies on its side
+    matrices[6][:3, :2] *= -1                                                 # upside down
+    matrices[8][:3, 0] *= -1                                                  # a mirror's
     for frame, matrix in zip(info["frames"], matrices):
         frame["transform_matrix"] = matrix.tolist()
     (folder / "transforms.json").write_text(json.dumps(info))
     sets = sources.ViewSets(tmp_path)
     off = [path.name for path in sets.faults["cameras off the orbit"]]
-    assert off == ["r_1.png", "r_2.png", "r_3.png", "r_4.png"]
-    assert "4 cameras off the orbit (first" in str(sets)
+    assert off == ["r_1.png", "r_2.png", "r_3.png", "r_4.png", "r_6.png", "r_8.png"]
+    assert "6 cameras off the orbit (first" in str(sets)
     _, c2w, _ = sets.cameras(folder / "transforms.json", sets.faults)
-    assert set(azimuths(c2w)) == set(range(0, 360, 30)) - {30, 60, 90, 120}
+    assert set(azimuths(c2w)) == set(range(0, 360, 30)) - {30, 60, 90, 120, 180, 240}
 
 
 def test_captions_come_from_one_table_too(tmp_path):

@@ -303,10 +303,11 @@ def test_the_number_of_views_is_one_constant(world, tmp_path, monkeypatch):
         assert sheet.size == (2 * 16, 6 * 16)                        # the views of six prompts
 
 
-def torchrun(ranks, command):
+def torchrun(ranks, command, program="train.py"):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                           "--standalone", "train.py", *command], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "--standalone", str(program), *command], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
 
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkeypatch):
@@ -323,6 +324,27 @@ def test_two_ranks_train_as_one_and_one_goes_on_from_two(world, tmp_path, monkey
     tune(world, tmp_path / "two")                                    # its last step again, alone
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert (one - two).norm() < 0.02 * (one - start).norm()
+
+
+RANKS_APART = """
+import sys, torch, torch.distributed as dist, train
+from test_train import MICRO
+loss, begin = train.autoencoder_loss, train.ToyPool.begin
+train.TINY = MICRO
+train.autoencoder_loss = lambda vae, x, noise: loss(vae, x, noise * (1 + dist.get_rank()))
+def kept(pool, encode):
+    begin(pool, encode)
+    torch.save(pool.latents["2d"], f"{sys.argv[1]}_{dist.get_rank()}")
+train.ToyPool.begin = kept
+train.main(["--steps", "20", "--batch", "8", "--sets", "4", "--device", "cpu", "--out", sys.argv[1]])
+"""
+
+
+def test_ranks_share_one_autoencoder(tmp_path):
+    (tmp_path / "apart.py").write_text(RANKS_APART)     # their autoencoders learn from other noise
+    result = torchrun(2, [str(tmp_path / "out")], tmp_path / "apart.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert torch.equal(*(torch.load(tmp_path / f"out_{rank}") for rank in (0, 1)))
 
 
 def test_dreambooth(world, tmp_path, capsys):

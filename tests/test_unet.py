@@ -123,6 +123,12 @@ def test_text_keys_and_values_computed_once():
     assert torch.equal(network(x, t, cached, camera, 4), network(x, t, context, camera, 4))
 
 
+def test_a_text_as_wide_as_all_keys_and_values_is_refused():
+    with pytest.raises(ValueError, match="look alike"):         # 4 transformers, two layers of 32 each
+        UNet(UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_levels=(0,),
+                        num_head_channels=32, context_dim=256))
+
+
 @pytest.mark.parametrize("attention", ["none", "temporal", "new3d"])
 def test_ablations_of_attention(attention):
     network, (x, t, context, camera) = UNet(UNetConfig(**SMALL, attention=attention)), inputs(4)
