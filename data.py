@@ -384,6 +384,8 @@ if __name__ == "__main__":
         if sys.argv[1:2] == ["render"]:
             from render import main
             main(sys.argv[2:])
+        elif sys.argv[1:2] in (["-h"], ["--help"]):
+            print(__doc__)
         elif sys.argv[1:]:
             from sources import check
             print(check(sys.argv[1], "outputs/data.png"))

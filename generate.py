@@ -69,8 +69,8 @@ def parse(argv):
     g.add_argument("--rescale", type=float, help="against over-saturation, 0 to 1")
     g.add_argument("--negative", metavar="TEXT", help="what not to make")
     g.add_argument("--memory", type=float, help="GiB of GPU memory to stay within")
-    g.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other number of "
-                   "Settings in sds.py or NeRFConfig in nerf.py: --set size=64,128 levels=8")
+    g.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="last of all: "
+                   "others of sds.py's Settings or nerf.py's NeRFConfig, as size=64,128 levels=8")
     args = p.parse_args(argv)
     for flag, low, high in (("steps", 1, 999 if args.views_only else math.inf), ("views", 1, 100),
                             ("seed", -2 ** 62, 2 ** 62), ("memory", 0, math.inf), ("rescale", 0, 1),
@@ -80,7 +80,7 @@ def parse(argv):
         if value is not None and not (low <= value <= high and value < math.inf):
             p.error(f"--{flag} {value:g}: it goes from {low} to {high}".replace("to inf", "upward"))
     args.prompts = read_prompts(p, args)
-    if not Path(args.model).exists():
+    if not os.path.exists(args.model):
         p.error(f"--model {args.model}: no such file or folder; python train.py makes weights")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
         p.error(f"--device {args.device}: not a device; give cpu, cuda or cuda:0")
@@ -102,10 +102,10 @@ def read_prompts(p, args):
         "".join([*lines, args.negative or ""]).encode()
     except (OSError, ValueError) as e:
         p.error(f"{args.prompts or 'prompt'}: not text in UTF-8 that can be read ({e})")
-    lines = [" ".join(line.split()).removesuffix(SUFFIX) for line in lines if line.strip()]
+    lines = [" ".join(line.split()).removesuffix(SUFFIX) for line in lines]
+    lines = list(dict.fromkeys(filter(None, lines)))
     if not lines:
         p.error('the prompt is empty; say what to make, such as "a yellow duck"')
-    lines = list(dict.fromkeys(lines))
     return lines[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
@@ -315,7 +315,7 @@ def make(args, model, prompt):
     if fit or not views.exists():
         with timed(f"{s.views} views"):
             seen = make_views(args, model, prompt, s.views, how, views)
-    if not args.views_only and not mesh.exists():
+    if not args.views_only and not all(file.exists() for file in (nerf, turntable, mesh)):
         if not nerf.exists():
             with timed("object"):
                 lift(args, model, prompt, s, seen if fit else None, folder)
@@ -324,8 +324,9 @@ def make(args, model, prompt):
         if not turntable.exists():
             with timed("turntable"), writing(turntable) as part:
                 save_turntable(thing, part, model.image_size)
-        with timed("mesh"), writing(mesh) as part:
-            write_glb(part, *thing.mesh(128))
+        if not mesh.exists():
+            with timed("mesh"), writing(mesh) as part:
+                write_glb(part, *thing.mesh(128))
     print(f"{folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     print(", ".join(took) or "nothing to do: this command made it all before")
 
@@ -354,9 +355,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         return fail(e)
     except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":
+        if type(e).__name__ != "OutOfMemoryError" and "allocate" not in str(e):
             raise
-        return fail("the GPU's memory is too small; the same command with --memory 16 goes on")
+        return fail("the memory is too small; on a GPU the same command with --memory 16 goes on")
     print(f"{time.time() - start:.1f} s in all, {sds.peak_memory():.1f} GiB of memory at most")
     return status
 

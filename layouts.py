@@ -156,15 +156,17 @@ def fill(kind, config, tensors, source, device, dtype):
     return module.eval().requires_grad_(False)
 
 
-def write(path, content):
+def write(path, content, metadata={"format": "pt"}):
     """Text, or a dict of tensors, to a temporary name, which is then renamed: never half a file."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        if isinstance(content, str):
-            temporary.write_text(content, "utf-8")
-        else:
-            save_file(content, temporary, {"format": "pt"})
+        temporary.write_text(content if isinstance(content, str) else "", "utf-8")
+        if not isinstance(content, str):
+            mode = temporary.stat().st_mode         # as others' files: save_file's are private
+            save_file(content, temporary, metadata)
+            temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -170,6 +170,8 @@ class Schedule(nn.Module):
 
     def __init__(self, prediction="epsilon"):
         super().__init__()
+        if prediction not in ("epsilon", "v"):
+            raise ValueError(f"prediction is epsilon or v, not {prediction}")
         self.prediction = prediction
         beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         self.register_buffer("alphas_cumprod", (1 - beta).cumprod(0).float(), persistent=False)
@@ -250,7 +252,7 @@ class MVDream(nn.Module):
         super().__init__()
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule = Schedule(config.get("prediction", "epsilon"))
-        self.image_size = config.get("image_size", 256)
+        self.image_size = int(config.get("image_size", 256))
         mean = torch.tensor(config.get("latent_mean", [0.0] * 4))
         self.register_buffer("latent_mean", mean.reshape(vae.config.z_channels))
 
@@ -363,10 +365,8 @@ class MVDream(nn.Module):
         noise = randn() if latents is None else latents.to(device, torch.float32)
         mean = self.latent_mean.to(noise)[:, None, None]
         start = denoise, noise, mean, self.schedule.alphas_cumprod.tolist(), steps
-        x0 = dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)
-        if not decode:
-            return x0
-        return self.decode_latents(x0.flatten(0, 1)).clamp(-1, 1).unflatten(0, (B, V))
+        x0 = (dpm_solver(*start) if sampler == "dpm" else ddim(*start, eta, randn)).flatten(0, 1)
+        return (self.decode_latents(x0).clamp(-1, 1) if decode else x0).unflatten(0, (B, V))
 
     def accelerate(self, compile=None):
         """In place, for inference: half precision where it is fast, channels last and, on a GPU,

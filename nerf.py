@@ -22,6 +22,7 @@ from torch import nn
 
 from hashgrid import (composite, encode, encode_slope, hash_encode, kernels,    # noqa: F401
                       march, rays_of)
+from layouts import write
 from mesh import marching_tetrahedra, remove_specks
 
 # ---- The field -----------------------------------------------------------------------------------
@@ -41,11 +42,12 @@ class NeRFConfig:
 
     def __post_init__(self):
         self.blob = tuple(self.blob)        # a file gives a list
-        if not (1 <= self.levels <= 32 and min(self.base_resolution, self.finest_resolution) >= 2
-                and min(self.features, self.log2_table, self.hidden, self.occupancy,
-                        self.max_samples) >= 1):
-            raise ValueError("a NeRF has 1 to 32 levels of at least 2 vertices an axis, and at "
-                             "least one feature, table row, hidden unit, cell and sample")
+        for name, low, high in (
+                ("levels", 1, 32), ("features", 1, 16), ("log2_table", 1, 24), ("hidden", 1, 1024),
+                ("base_resolution", 2, 2**16), ("finest_resolution", 2, 2**16),
+                ("occupancy", 1, 512), ("max_samples", 1, 2**14)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie from {low} to {high}, not {getattr(self, name)}")
 
     def resolutions(self):
         growth = (self.finest_resolution / self.base_resolution) ** (1 / max(self.levels - 1, 1))
@@ -243,10 +245,8 @@ class NeRF(nn.Module):
         return [{"params": [self.table], "lr": lr_grid}, {"params": small, "lr": lr_mlp}]
 
     def save(self, path):
-        from safetensors.torch import save_file
         tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        save_file(tensors, f"{path}.part", metadata={"config": json.dumps(asdict(self.config))})
-        os.replace(f"{path}.part", path)
+        write(path, tensors, {"config": json.dumps(asdict(self.config))})
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -258,7 +258,7 @@ class NeRF(nn.Module):
                 nerf = cls(NeRFConfig(**json.loads(file.metadata()["config"])))
                 nerf.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a NeRF that NeRF.save wrote ({error})") from None
+            raise ValueError(f"{path}: not a NeRF of ours ({error}); delete it") from None
         return nerf.to(device)
 
     @torch.no_grad()
@@ -326,9 +326,8 @@ def toy_object(orbits, size, device):
 def main():
     gpu = torch.cuda.is_available()
     device, views, size, steps = ("cuda", 16, 256, 1500) if gpu else ("cpu", 6, 64, 400)
-    config = NeRFConfig() if gpu else NeRFConfig(
-        levels=8, log2_table=15, base_resolution=8, finest_resolution=128, hidden=32,
-        max_samples=128)
+    config = NeRFConfig() if gpu else NeRFConfig(levels=8, log2_table=15, base_resolution=8,
+                                                 finest_resolution=128, hidden=32, max_samples=128)
 
     nerf = NeRF(config).to(device)
     seen = toy_object([(views, e, 7 * e) for e in (0, 20, 40, 60)], size, device)

@@ -271,9 +271,8 @@ def main(argv):
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: take another OUT")
     if not importlib.util.find_spec("bpy"):
-        raise ValueError("rendering needs Blender as a Python module: `pip install bpy`, in the "
-                         "matching Python version: 3.11 for bpy 5.0, and this is {}.{}".format(
-                             *sys.version_info))
+        raise ValueError("rendering needs Blender as a Python module: `pip install bpy` (bpy 5.0 "
+                         "is for Python 3.11; this is {}.{})".format(*sys.version_info))
     with tempfile.TemporaryDirectory() as unpacked:
         found = find_models(models, unpacked)
         for name, model in found.items():

@@ -159,21 +159,21 @@ PRESETS = {
 
 def check(s):
     """One clear sentence for the first setting that cannot be."""
-    pairs = list(zip(s.t_min, s.t_max))
+    for names, low, high in (
+            ("steps views", 1, math.inf), ("guidance anneal memory lr_grid lr_mlp", 0, math.inf),
+            ("switch rescale threshold", 0, 1), ("t_min t_max", 0, 999), ("size", 1, 2048),
+            ("fov", 1, 179), ("distance", 0.01, 100), ("elevation", -90, 90)):
+        for name in names.split():
+            value = getattr(s, name)
+            if not all(low <= v <= high for v in (value if isinstance(value, tuple) else [value])):
+                raise ValueError(f"{name} must lie from {low} to {high}, not at {value}")
     for fine, sentence in (
-            (s.steps >= 1, f"steps must be at least 1, not {s.steps}"),
-            (s.guidance >= 0, f"guidance must not be negative, as {s.guidance} is; 1 means none"),
-            (0 <= s.rescale <= 1, f"rescale must lie from 0 (off) to 1, not at {s.rescale}"),
-            (0 <= s.threshold <= 1, f"threshold must lie from 0 (off) to 1, not at {s.threshold}"),
-            (s.views > 0 and all(n > 0 and n % s.views == 0 for n in s.batch),
+            (all(n > 0 and n % s.views == 0 for n in s.batch),
              f"batch must be a multiple of the {s.views} views of a set, not {s.batch}"),
-            (all(0 <= low <= high <= 999 for low, high in pairs),
-             "t_min must not exceed t_max, both from 0 to 999; they are (at the start, at the end) "
-             f"{s.t_min} and {s.t_max}"),
-            (0 < min(s.fov) and max(s.fov) < 180, f"fov must lie between 0 and 180, not {s.fov}"),
-            (min(s.distance) > 0, f"distance must be above 0, not {s.distance}"),
-            (min(s.size) > 0, f"size must be at least 1, not {s.size}"),
-            (min(s.memory, s.lr_grid, s.lr_mlp) >= 0, "memory and learning rates are not below 0"),
+            (all(low <= high for low, high in zip(s.t_min, s.t_max)),
+             f"t_min must not exceed t_max; at the start and the end: {s.t_min}, {s.t_max}"),
+            (all(low <= high for low, high in (s.fov, s.distance, s.elevation)),
+             f"fov, distance, elevation must rise, unlike {s.fov}, {s.distance}, {s.elevation}"),
             (s.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, not {s.loss}")):
         if not fine:
             raise ValueError(sentence)

@@ -16,6 +16,7 @@ What is broken is counted in `faults`, {what: [where]}, and is fatal only if not
 `python data.py FOLDER` checks a folder and draws what training would see of it.
 """
 import collections
+import contextlib
 import csv
 import io
 import json
@@ -58,7 +59,15 @@ def decode(text):
 
 
 def read_text(path):
-    return decode(path.read_bytes()) if path.is_file() else ""
+    """Its text; none, if it is not there or cannot be read."""
+    with contextlib.suppress(OSError):
+        return decode(path.read_bytes())
+    return ""
+
+
+def clean(caption):
+    """On one line, and of letters that can be encoded."""
+    return " ".join(caption.encode("utf-8", "replace").decode().split())
 
 
 def read_captions(folder):
@@ -98,7 +107,7 @@ class Samples:
 
     def add(self, caption, path, *place):
         """An item with its own caption, unless there is one for all."""
-        caption = self.caption or " ".join((caption or "").split())
+        caption = self.caption or clean(caption or "")
         if caption:
             self.items.append((path, *place, caption))
         else:
@@ -200,10 +209,10 @@ class Pictures(Samples):
             try:
                 row = json.loads(line)
                 listed[inside(self.folder, row["file_name"])] = row["text"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                self.faults["useless lines in metadata.jsonl"].append(f"{line!r}: {error}")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                self.faults["useless lines in metadata.jsonl"].append(f"{line[:80]!r}: {error}")
         for path in listed:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 self.faults["pictures missing"].append(path)
         for path in sorted(self.folder.rglob("*")):
             if path.suffix == ".tar":

@@ -52,7 +52,7 @@ from tqdm import tqdm
 import data
 from layouts import read_json, write
 from mvdream import MVDream, camera_condition
-from sources import VIEWS, Folders, Photos, ToyPool, to_bytes
+from sources import VIEWS, Folders, Photos, ToyPool, clean, to_bytes
 from tokenizer import train_tokenizer
 from unet import ResBlock, TransformerBlock
 
@@ -186,8 +186,7 @@ def stage_of(step, args):
 def train(model, source, args):
     """All stages; the result is in the model and in args.out."""
     device, gpu = args.device, args.gpu
-    # Beside new 3D attention, a model's 2D attention stays as it is.
-    frozen = args.model and model.unet.config.attention == "new3d"
+    frozen = args.model and model.unet.config.attention == "new3d"    # its 2D attention stays as is
     theta = [p for network in (model.unet, model.text_encoder)[:1 + args.train_text]
              for name, p in network.named_parameters() if not (frozen and ".attn1." in name)]
     keep = preservation(theta, args.preserve) if args.dreambooth else lambda: 0
@@ -327,7 +326,7 @@ def load_checkpoint(model, args):
     for path in (paths := sorted(args.out.glob("checkpoint*.pt"))):             # the last first
         with contextlib.suppress(Exception):                # torch.load has no class for its own
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            settings = state["settings"]
+            settings, *_ = (state[k] for k in ("settings", "step", "model", "ema", "optimizer"))
             break
         print(f"train.py: {path} cannot be read", file=sys.stderr)
     else:
@@ -360,7 +359,7 @@ def parse(argv=None):
     add("--data", type=Path, help="folder of rendered view sets")
     add("--images", type=Path, help="folder of captioned pictures, for the 2D steps")
     add("--dreambooth", type=Path, help="folder of a few photos of the --subject")
-    add("--subject", help='what the photos show: "a photo of sks dog"')
+    add("--subject", type=clean, help='what the photos show: "a photo of sks dog"')
     add("--preserve", type=float, default=1.0, help="DreamBooth's lambda (default %(default)s)")
     add("--train-text", action="store_true", help="the text encoder too (toy world: always)")
     add("--steps", type=int, help="of all stages (default 11000; folders 50000; photos 600)")
@@ -450,6 +449,7 @@ def new_model():
 def main(argv=None):
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()    # to err before the work, where none can be made
     trained = args.out / "trained.json"             # what the finished model in there was made with
     if trained.exists():
         refuse_other_settings(trained, read_json(trained), args)

@@ -246,8 +246,7 @@ class UNet(nn.Module):
         attn2 = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         self.text_layers = tuple(layer for a in attn2 for layer in (a.to_k, a.to_v))
         if sum(layer.out_features for layer in self.text_layers) == config.context_dim:
-            raise ValueError(f"context_dim {config.context_dim} is as wide as all keys and values: "
-                             "the text and what project_context makes of it look alike")
+            raise ValueError(f"context_dim {config.context_dim}: as wide as all keys and values")
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):

@@ -104,6 +104,19 @@ def test_views_come_alone_and_the_object_later(command, tmp_path):
     assert files(folder) == MADE and (folder / "views.png").stat().st_mtime_ns == made
 
 
+def test_what_was_deleted_is_made_again(command, tmp_path):
+    command("a duck", "--steps", 2)
+    folder = tmp_path / "out" / "a-duck"
+    kept = {name: (folder / name).read_bytes() for name in MADE}
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1                                          # no file is more private than others
+    for gone in ["turntable.gif"], ["mesh.glb"], ["nerf.safetensors", "views.png"]:
+        for name in gone:
+            (folder / name).unlink()
+        assert "nothing to do" not in command("a duck", "--steps", 2)[1]
+        assert {name: (folder / name).read_bytes() for name in MADE} == kept
+
+
 def test_steps_and_guidance_of_views_alone(command, tmp_path):
     command("a duck", "--views-only", "--steps", 2, "--guidance", 9)
     record = json.loads((tmp_path / "out" / "a-duck" / "settings.json").read_text())
@@ -229,7 +242,9 @@ def test_unknown_words_are_named(command):
 
 
 @pytest.mark.parametrize("words, named", [
-    ([" "], "prompt is empty"), ([], "give a prompt"), (["a", "--prompts", "x"], "give a prompt"),
+    ([" "], "prompt is empty"), ([", 3d asset"], "prompt is empty"), (["a", "--model", 300 * "m"], "mmm"),
+    (["a", "--set", "log2_table=40"], "log2_table"), (["a", "--set", "hidden=1000000000"], "hidden"),
+    (["a", "--set", "fov=60,15"], "fov"), (["a", "--set", "elevation=100,200"], "elevation"), ([], "give a prompt"), (["a", "--prompts", "x"], "give a prompt"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"), (["a", "--steps", 0], "--steps 0"),
     (["a", "--guidance", -1], "--guidance -1"), (["a", "--rescale", 2], "--rescale 2"),
     (["a", "--views", 0], "--views 0"), (["a", "--steps", "many"], "--steps"),
@@ -242,7 +257,7 @@ def test_unknown_words_are_named(command):
     (["a", "--views", 10 ** 20], "--views"), (["a", "--seed", 2 ** 64], "--seed"),
     (["a", "--views-only", "--steps", 1000], "--steps 1000"), (["--prompts", ""], "prompt"),
     (["a", "--negative", "\udcff"], "not text"), (["a", "--set", "memory=nan"], "memory=nan"),
-    (["a", "--set", "lr_grid=-1"], "learning rates"), (["a", "--set", "fov=nan"], "fov=nan"),
+    (["a", "--set", "lr_grid=-1"], "lr_grid"), (["a", "--set", "fov=nan"], "fov=nan"),
     (["a", "--set", "__class__=1"], "__class__"), (["a", "--set", "resolutions=1"], "resolutions")])
 def test_what_is_wrong_is_said_in_one_line(command, tmp_path, words, named):
     status, text, errors = command(*words)

@@ -112,6 +112,11 @@ def test_schedule_table():
     assert half.alphas_cumprod.dtype == torch.float32
 
 
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="epsilon or v, not foo"):
+        Schedule("foo")
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_schedule_algebra(prediction):
     schedule, g = Schedule(prediction), torch.Generator().manual_seed(0)

@@ -276,6 +276,25 @@ def test_texts_of_every_kind(tmp_path):
             sources.read_captions(tmp_path)
 
 
+def test_one_odd_caption_does_not_stop_the_others(tmp_path, monkeypatch):
+    for name in "abc":
+        write_picture(tmp_path / f"{name}.png", caption=f"a thing {name}")
+    lines = [json.dumps({"file_name": "c.png", "text": "a \ud800 duck"}),
+             json.dumps({"file_name": 300 * "x" + ".png", "text": "long"}), 100_000 * "["]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    read = sources.Path.read_bytes
+
+    def refused(path):
+        if path.name == "b.txt":
+            raise PermissionError(13, "Permission denied", path)
+        return read(path)
+    monkeypatch.setattr(sources.Path, "read_bytes", refused)
+    pictures = sources.Pictures(tmp_path)
+    assert [caption for *_, caption in pictures.items] == ["a thing a", "a ? duck"]
+    assert {what: len(names) for what, names in pictures.faults.items()} == {
+        "pictures without a caption": 1, "pictures missing": 1, "useless lines in metadata.jsonl": 1}
+
+
 def test_one_odd_object_does_not_stop_the_others(tmp_path):
     write_object(tmp_path / "good" / "chair")
     for name, change in (("huge", ("[1.0", "[1" + 400 * "0")), ("long", ("./r_0", 5000 * "x"))):

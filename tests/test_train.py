@@ -473,8 +473,27 @@ def test_resuming_with_another_model_is_refused(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, word", [
     (["--data", "x"], "--model"), (["--dreambooth", "x", "--model", "y"], "--subject"),
+    (["--dreambooth", "x", "--model", "y", "--subject", "  "], "--subject"),
     (["--dreambooth", "x", "--subject", "s", "--data", "d", "--model", "y"], "photos alone"),
     (["--micro", "6", "--batch", "8"], "--micro"), (["--micro", "3", "--batch", "12"], "--micro")])
 def test_flags_that_do_not_go_together(flags, word):
     with pytest.raises(ValueError, match=word):
         train.parse([*flags, "--device", "cpu"])
+
+
+def test_a_checkpoint_that_lacks_a_part_counts_as_broken(world, tmp_path):
+    tune(world, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again" / "trained.json").unlink()
+    torch.save({"settings": {}, "step": 9}, tmp_path / "again" / "checkpoint.pt")
+    tune(world, tmp_path / "again")                                  # from the one before
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(world, monkeypatch, tmp_path):
+    def nowhere(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+    monkeypatch.setattr(train.tempfile, "TemporaryFile", nowhere)
+    monkeypatch.setattr(MVDream, "from_pretrained", None)
+    with pytest.raises(OSError, match="Permission denied.*out"):
+        tune(world, tmp_path / "out")

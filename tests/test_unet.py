@@ -124,7 +124,7 @@ def test_text_keys_and_values_computed_once():
 
 
 def test_a_text_as_wide_as_all_keys_and_values_is_refused():
-    with pytest.raises(ValueError, match="look alike"):         # 4 transformers, two layers of 32 each
+    with pytest.raises(ValueError, match="as wide"):         # 4 transformers, two layers of 32 each
         UNet(UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_levels=(0,),
                         num_head_channels=32, context_dim=256))
 
