@@ -162,9 +162,11 @@ def write(path, content, metadata={"format": "pt"}):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(content if isinstance(content, str) else "", "utf-8")
-        if not isinstance(content, str):
-            mode = temporary.stat().st_mode         # as others' files: save_file's are private
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            temporary.touch()
+            mode = temporary.stat().st_mode         # as other files have: save_file's are private
             save_file(content, temporary, metadata)
             temporary.chmod(mode)
         temporary.replace(path)

@@ -209,8 +209,7 @@ class Schedule(nn.Module):
 def ddim(denoise, start, mean, abar, steps, eta=0.0, randn=None):
     """DDIM: to the predicted x0, and back to the next, lower noise level: the part eta drawn anew.
 
-    Times as released: from 1 on, 1000 // steps apart (30 steps are 31; one step, at time 1, leaves
-    the noise as it is); the last goes to abar[0].
+    Times as released: from 1 on, 1000 // steps apart (30 are 31, 1 does nothing), last to abar[0].
     """
     times = [*reversed(range(1, 1000, 1000 // steps)), 0]
     x = start + abar[times[0]] ** 0.5 * mean

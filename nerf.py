@@ -27,6 +27,15 @@ from mesh import marching_tetrahedra, remove_specks
 
 # ---- The field -----------------------------------------------------------------------------------
 
+def within(settings, *limits):
+    """One clear sentence for the first number, or pair of them, outside of (names, low, high)."""
+    for names, low, high in limits:
+        for name in names.split():
+            value = getattr(settings, name)
+            if not all(low <= v <= high for v in (value if isinstance(value, tuple) else [value])):
+                raise ValueError(f"{name} must lie from {low} to {high}, not at {value}")
+
+
 @dataclass
 class NeRFConfig:
     levels: int = 16
@@ -42,12 +51,9 @@ class NeRFConfig:
 
     def __post_init__(self):
         self.blob = tuple(self.blob)        # a file gives a list
-        for name, low, high in (
-                ("levels", 1, 32), ("features", 1, 16), ("log2_table", 1, 24), ("hidden", 1, 1024),
-                ("base_resolution", 2, 2**16), ("finest_resolution", 2, 2**16),
-                ("occupancy", 1, 512), ("max_samples", 1, 2**14)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie from {low} to {high}, not {getattr(self, name)}")
+        within(self, ("levels", 1, 32), ("features", 1, 16), ("log2_table", 1, 24),
+               ("hidden", 1, 1024), ("base_resolution finest_resolution", 2, 2**16),
+               ("occupancy", 1, 512), ("max_samples", 1, 2**14))
 
     def resolutions(self):
         growth = (self.finest_resolution / self.base_resolution) ** (1 / max(self.levels - 1, 1))

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import data
-from nerf import NeRF, NeRFConfig
+from nerf import NeRF, NeRFConfig, within
 
 # ---- What the model wants: guidance, and two clamps against the over-saturation it brings --------
 
@@ -159,14 +159,9 @@ PRESETS = {
 
 def check(s):
     """One clear sentence for the first setting that cannot be."""
-    for names, low, high in (
-            ("steps views", 1, math.inf), ("guidance anneal memory lr_grid lr_mlp", 0, math.inf),
-            ("switch rescale threshold", 0, 1), ("t_min t_max", 0, 999), ("size", 1, 2048),
-            ("fov", 1, 179), ("distance", 0.01, 100), ("elevation", -90, 90)):
-        for name in names.split():
-            value = getattr(s, name)
-            if not all(low <= v <= high for v in (value if isinstance(value, tuple) else [value])):
-                raise ValueError(f"{name} must lie from {low} to {high}, not at {value}")
+    within(s, ("steps views", 1, math.inf), ("guidance anneal memory lr_grid lr_mlp", 0, math.inf),
+           ("switch rescale threshold", 0, 1), ("t_min t_max", 0, 999), ("size", 1, 2048),
+           ("fov", 1, 179), ("distance", 0.01, 100), ("elevation", -90, 90))
     for fine, sentence in (
             (all(n > 0 and n % s.views == 0 for n in s.batch),
              f"batch must be a multiple of the {s.views} views of a set, not {s.batch}"),

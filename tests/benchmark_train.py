@@ -20,6 +20,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -74,27 +75,19 @@ class New(dict):
 
 
 class Ready:
-    """Batches that are on the device already: latents and encoded captions, or both to encode."""
+    """Batches that are on the device already: latents and encoded captions."""
     half, broken, prompts = True, (), [""]
 
-    def __init__(self, model, args, pictures):
-        n, h, s, C = args.micro, model.latent_size, model.image_size, model.unet.config.context_dim
+    def __init__(self, model, args):
+        n, h, C = args.micro, model.latent_size, model.unet.config.context_dim
         shapes = (n, 4, h, h), (n, 77, C), (1, 77, C)
         self.x0, self.y, self.empty = (torch.randn(shape, device=args.device) for shape in shapes)
         self.c2w = data.orbit_cameras(VIEWS).repeat(n // VIEWS, 1, 1).to(args.device)
-        self.images = torch.randint(256, (n, 3, s, s), dtype=torch.uint8).to(args.device)
-        self.model, self.args, self.pictures = model, args, pictures
-        self.captions = toy_prompts("seen", n // VIEWS)
 
     def begin(self, encode):
-        self.encode = encode
+        pass
 
-    @torch.no_grad()
     def batch(self, mode, step, part, generator):
-        if self.pictures:                               # of view sets alone
-            x0 = self.encode(sources.from_bytes(self.images))[0].float()
-            x0 = x0 * self.model.vae.config.scale_factor
-            return x0, sources.encode_captions(self.captions, self.model, self.args, New()), self.c2w
         return (self.x0, self.y[::VIEWS], self.c2w) if mode == "3d" else (self.x0, self.y, None)
 
 
@@ -202,9 +195,13 @@ def speed(options):
         write_sets(Path(folder) / "renders", 200 if gpu else 8, model.image_size, options.device)
         for what, how, n in [row for row in rows if options.only in " ".join(row[:2])]:
             args = settings(options, folder, n, 24, *["--recompute"] * (how == "--recompute"))
-            source = (Ready(model, args, what == "pictures") if what != "disk" else
+            source = (Ready(model, args) if what == "latents" else
                       train.Folders(model, args, functools.partial(train.plan, args)))
             source.known = New()
+            if what == "pictures":                      # the same ones again, on the device already
+                images, c2w, *rest = next(sources.reader(source.kinds["3d"], args, source.plan("3d", 0)))
+                there = images.to(args.device), c2w.to(args.device)
+                source.readers["3d"] = itertools.repeat((*there, *rest))
             try:
                 t, peak = measure(model, source, args, how == "compiled")
             except torch.OutOfMemoryError:
@@ -231,7 +228,7 @@ def ddp(options):
         for parts in (1, 4):                            # gradients meet once for so many
             args = settings(options, folder, options.sets[0], 14, "--images", "-", "--mix", "0.7")
             args.batch, args.accumulate = args.batch * parts, parts
-            alone, source = copy.copy(args), Ready(model, args, False)
+            alone, source = copy.copy(args), Ready(model, args)
             alone.batch, alone.ranks = args.batch // args.ranks, 1
             if args.rank == 0:
                 one, _ = measure(model, source, alone, options.compile)

@@ -244,7 +244,8 @@ def test_unknown_words_are_named(command):
 @pytest.mark.parametrize("words, named", [
     ([" "], "prompt is empty"), ([", 3d asset"], "prompt is empty"), (["a", "--model", 300 * "m"], "mmm"),
     (["a", "--set", "log2_table=40"], "log2_table"), (["a", "--set", "hidden=1000000000"], "hidden"),
-    (["a", "--set", "fov=60,15"], "fov"), (["a", "--set", "elevation=100,200"], "elevation"), ([], "give a prompt"), (["a", "--prompts", "x"], "give a prompt"),
+    (["a", "--set", "fov=60,15"], "fov"), (["a", "--set", "elevation=100,200"], "elevation"),
+    ([], "give a prompt"), (["a", "--prompts", "x"], "give a prompt"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"), (["a", "--steps", 0], "--steps 0"),
     (["a", "--guidance", -1], "--guidance -1"), (["a", "--rescale", 2], "--rescale 2"),
     (["a", "--views", 0], "--views 0"), (["a", "--steps", "many"], "--steps"),
